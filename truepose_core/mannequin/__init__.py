@@ -1,0 +1,51 @@
+"""A procedural textured 3D mannequin: pictures of people with exact ground truth, no download."""
+
+from .body import (
+    JOINTS,
+    POSE_KINDS,
+    VIEWS,
+    BodyPoses,
+    axis_angle_to_matrix,
+    forward_kinematics,
+    matrix_to_axis_angle,
+    mirror_poses,
+    ready_poses,
+    rest_joints,
+    sample_poses,
+)
+from .identity import (
+    BOTTOM_PATTERNS,
+    HAIR_LENGTHS,
+    LOGO_SHAPES,
+    TOP_PATTERNS,
+    Identities,
+    sample_identities,
+)
+from .render import Rendering, render
+from .world import SPLITS, PairBatch, render_people, sample_pairs
+
+__all__ = [
+    "BOTTOM_PATTERNS",
+    "HAIR_LENGTHS",
+    "JOINTS",
+    "LOGO_SHAPES",
+    "POSE_KINDS",
+    "SPLITS",
+    "TOP_PATTERNS",
+    "VIEWS",
+    "BodyPoses",
+    "Identities",
+    "PairBatch",
+    "Rendering",
+    "axis_angle_to_matrix",
+    "forward_kinematics",
+    "matrix_to_axis_angle",
+    "mirror_poses",
+    "ready_poses",
+    "render",
+    "render_people",
+    "rest_joints",
+    "sample_identities",
+    "sample_pairs",
+    "sample_poses",
+]

@@ -1,0 +1,1 @@
+"""SourceNet, TargetNet, the pose encoder and CAA: build, load, save."""

@@ -1,0 +1,124 @@
+"""Sizes and choices of a TruePose model, in one frozen dataclass that travels in the weights' metadata."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from truepose_core.errors import TruePoseError
+
+FUSIONS = ("none", "concat", "hpfa")
+PREDICTIONS = ("sample", "epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class CAAConfig:
+    """The CLIP vision tower (an open_clip `VisionTransformer`) and the resampler behind it."""
+
+    image_size: tuple[int, int] = (64, 48)
+    patch_size: int = 8
+    width: int = 96
+    layers: int = 2
+    heads: int = 4
+    per_region: int = 4
+    resampler_dim: int = 96
+    resampler_depth: int = 1
+    scale: float = 0.0
+    """lambda at the start of training. 0 leaves the nets as they were."""
+
+
+@dataclass(frozen=True)
+class TruePoseConfig:
+    """family: who can use whose SourceFeatures. unet: keyword arguments of diffusers' UNet2DConditionModel.
+
+    codec: "pixels" (space to depth with `patch`, no VAE) or "vae". fusion: "none" (pose only), "concat"
+    (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
+    training; 0 is plain concatenation. size: (height, width) of the training images, in pixels.
+    """
+
+    family: str
+    unet: dict[str, Any]
+    codec: str = "vae"
+    patch: int = 8
+    fusion: str = "hpfa"
+    caa: CAAConfig | None = None
+    pose_widths: tuple[int, ...] = (16, 32, 96, 256)
+    prediction_type: str = "epsilon"
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] = (512, 512)
+    beta: float = 0.0
+    gamma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise TruePoseError(f"fusion is {self.fusion!r}; expected one of {', '.join(FUSIONS)}")
+        if self.prediction_type not in PREDICTIONS:
+            raise TruePoseError(
+                f"prediction type is {self.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TruePoseConfig:
+        try:
+            raw = json.loads(text)
+            unknown = set(raw) - {f.name for f in fields(cls)}
+            if unknown:
+                raise TruePoseError(
+                    f"the model's metadata names unknown settings: {', '.join(sorted(unknown))}; "
+                    "it was made by a newer version of this package"
+                )
+            caa = raw.get("caa")
+            if caa is not None:
+                raw["caa"] = CAAConfig(**{**caa, "image_size": tuple(caa["image_size"])})
+            raw["pose_widths"] = tuple(raw["pose_widths"])
+            raw["size"] = tuple(raw["size"])
+            return cls(**raw)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise TruePoseError(
+                f"the model's metadata cannot be read as a TruePose configuration: {error}"
+            ) from error
+
+
+SD_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+"""Stable Diffusion 1.5's noise schedule (its scheduler_config.json)."""
+
+
+def mannequin_config(
+    fusion: str = "hpfa", caa: bool = True, widths: tuple[int, ...] = (64, 96)
+) -> TruePoseConfig:
+    """The bundled model: 4x4 pixel patches of a 64x48 image, x0 prediction, no VAE."""
+    unet = {
+        "sample_size": (16, 12),
+        "in_channels": 48,
+        "out_channels": 48,
+        "block_out_channels": list(widths),
+        "down_block_types": ["CrossAttnDownBlock2D"] * len(widths),
+        "up_block_types": ["CrossAttnUpBlock2D"] * len(widths),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 64,
+        "norm_num_groups": 16,
+    }
+    return TruePoseConfig(
+        family="mannequin",
+        unet=unet,
+        codec="pixels",
+        patch=4,
+        fusion=fusion,
+        caa=CAAConfig(scale=0.1) if caa else None,
+        pose_widths=(16, 32, 64),
+        prediction_type="sample",
+        scheduler=dict(SD_SCHEDULE),
+        size=(64, 48),
+        beta=2.0 if fusion == "hpfa" else 0.0,
+        gamma=16.0 if fusion == "hpfa" else 0.0,
+    )

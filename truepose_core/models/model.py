@@ -1,0 +1,303 @@
+"""TruePoseModel: SourceNet, TargetNet, pose encoder, HPFA's learned weights and CAA as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior
+from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
+from truepose_core.errors import TruePoseError
+from truepose_core.features import SourceFeatures
+from truepose_core.models.codec import PixelCodec
+from truepose_core.models.config import CAAConfig, TruePoseConfig
+from truepose_core.models.processors import (
+    HPFASite,
+    SourcePass,
+    TargetPass,
+    attention_sites,
+    install,
+    key_of,
+    token_counts,
+)
+from truepose_core.parsing import HumanParsing
+
+_pose_embedding: ContextVar[Tensor | None] = ContextVar("pose_embedding", default=None)
+
+
+@contextmanager
+def _pose_added(embedding: Tensor | None) -> Iterator[None]:
+    token = _pose_embedding.set(embedding)
+    try:
+        yield
+    finally:
+        _pose_embedding.reset(token)
+
+
+def _add_pose(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    embedding = _pose_embedding.get()
+    return output if embedding is None else output + embedding.to(output)
+
+
+class CAA(nn.Module):
+    """Vision tower, resampler, and the decoupled cross-attention of every site of both nets."""
+
+    def __init__(self, config: CAAConfig, context: int, source_net: nn.Module, target_net: nn.Module):
+        super().__init__()
+        from open_clip.transformer import VisionTransformer
+
+        self.config = config
+        self.vision = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=4.0,
+            output_dim=config.width,
+            output_tokens=True,
+        )
+        self.resampler = RegionResampler(
+            config.width,
+            context,
+            dim=config.resampler_dim,
+            per_region=config.per_region,
+            depth=config.resampler_depth,
+            heads=config.heads,
+        )
+
+        def sites(net: nn.Module) -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {
+                    key_of(name): CAASite(context, block.attn2.inner_dim, block.attn2.heads, config.scale)
+                    for name, block in attention_sites(net).items()
+                }
+            )
+
+        self.source_sites, self.target_sites = sites(source_net), sites(target_net)
+
+    def forward(self, image: Tensor, parsing: HumanParsing) -> RegionTokens:
+        """image [B, 3, H, W] in [0, 1] with its parsing -> region tokens. The background is painted grey."""
+        height, width = self.config.image_size
+        person = 1 - parsing.masks[:, :1].to(image)
+        image = image * person + 0.5 * (1 - person)
+        if image.shape[-2:] != (height, width):
+            image = nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
+        _, patches = self.vision((image - 0.5) / 0.25)
+        rows = parsing.tokens(height // self.config.patch_size, width // self.config.patch_size)
+        return self.resampler(patches, rows.to(patches))
+
+
+class TruePoseModel(nn.Module):
+    """The whole network. See `TruePoseConfig` for sizes; weights are random until loaded or trained.
+
+    `context` of both nets is one zero token unless the caller gives another [B, T, cross_attention_dim].
+    """
+
+    def __init__(
+        self,
+        config: TruePoseConfig,
+        *,
+        source_net: nn.Module | None = None,
+        target_net: nn.Module | None = None,
+        codec: nn.Module | None = None,
+    ):
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+        from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+
+        self.config = config
+        self.target_net = UNet2DConditionModel(**config.unet) if target_net is None else target_net
+        self.source_net: nn.Module | None = None
+        if config.fusion != "none" or config.caa is not None:
+            self.source_net = UNet2DConditionModel(**config.unet) if source_net is None else source_net
+        if codec is None:
+            if config.codec != "pixels":
+                raise TruePoseError(f"a model with codec {config.codec!r} needs its VAE; none was given")
+            codec = PixelCodec(config.patch)
+        self.codec = codec
+        self.pose_encoder = ControlNetConditioningEmbedding(
+            self.target_net.config.block_out_channels[0], 3, config.pose_widths
+        )
+        self.hpfa: nn.ModuleDict | None = None
+        if config.fusion == "hpfa":
+            self.hpfa = nn.ModuleDict(
+                {
+                    key_of(name): HPFASite(block.attn1.heads, config.beta, config.gamma)
+                    for name, block in attention_sites(self.target_net).items()
+                }
+            )
+        self.caa: CAA | None = None
+        if config.caa is not None:
+            self.caa = CAA(config.caa, self.context_width, self.source_net, self.target_net)
+        install(self.target_net, self.hpfa, self.caa.target_sites if self.caa else None)
+        if self.source_net is not None:
+            install(self.source_net, None, self.caa.source_sites if self.caa else None)
+        self.target_net.conv_in.register_forward_hook(_add_pose)
+
+    @property
+    def context_width(self) -> int:
+        width = self.target_net.config.cross_attention_dim
+        return width if isinstance(width, int) else width[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target_net.dtype
+
+    def _extra_conditions(
+        self, like: Tensor, size: tuple[int, int], pooled: Tensor | None
+    ) -> dict[str, Tensor]:
+        """SDXL's micro-conditioning (original size, crop, target size; pooled text or zeros); {} for other nets."""
+        net = self.target_net.config
+        if net.addition_embed_type != "text_time":
+            return {}
+        batch = like.shape[0]
+        ids = like.new_tensor([[*size, 0, 0, *size]]).expand(batch, -1)
+        width = net.projection_class_embeddings_input_dim - 6 * net.addition_time_embed_dim
+        text = like.new_zeros((batch, width)) if pooled is None else pooled.to(like).expand(batch, -1)
+        return {"text_embeds": text, "time_ids": ids}
+
+    def _context(self, context: Tensor | None, like: Tensor) -> Tensor:
+        if context is None:
+            return like.new_zeros((like.shape[0], 1, self.context_width))
+        return context.to(like).expand(like.shape[0], -1, -1)
+
+    def encode_source(
+        self,
+        image: Tensor,
+        parsing: HumanParsing,
+        body: Tensor | None = None,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> SourceFeatures:
+        """One pass of SourceNet over the clean source, at timestep 0. image [B, 3, H, W] in [0, 1]."""
+        latent = self.codec.encode(image).to(self.dtype)
+        size = (latent.shape[-2], latent.shape[-1])
+        caa = self.caa(image.to(self.dtype), parsing) if self.caa is not None else None
+        call = SourcePass(size, caa)
+        if self.config.fusion != "none":
+            batch = image.shape[0]
+            self.source_net(
+                latent,
+                torch.zeros(batch, dtype=torch.long, device=latent.device),
+                self._context(context, latent),
+                cross_attention_kwargs={"truepose": call},
+                added_cond_kwargs=self._extra_conditions(latent, (image.shape[-2], image.shape[-1]), pooled),
+            )
+        return SourceFeatures(self.config.family, call.sites, size, parsing, body, caa)
+
+    def target_pass(
+        self,
+        latent_size: tuple[int, int],
+        source: SourceFeatures | None,
+        target_body: Tensor | None = None,
+        target_parsing: HumanParsing | None = None,
+        *,
+        keep: Tensor | None = None,
+        kv: dict | None = None,
+        omega: Tensor | None = None,
+        beta: float = 0.0,
+        gamma: float = 0.0,
+        strength: float = 1.0,
+        alignments: dict[str, Tensor] | None = None,
+    ) -> TargetPass:
+        """What TargetNet needs beside noise, step and pose map. target_body: [B, 18, 3], keypoints on the target image;
+        target_parsing: if the user has one. keep: [B] bool, rows that see the source. See `TargetPass`.
+        """
+        if source is None:
+            return TargetPass(latent_size)
+        if source.family != self.config.family:
+            raise TruePoseError(
+                f"the source was encoded by a {source.family!r} model; this one is {self.config.family!r}. "
+                "Encode the source again with this model"
+            )
+        prior: dict[int, Tensor] = {}
+        body: dict[int, Tensor] = {}
+        counts = token_counts(self.target_net, latent_size)
+        aspect = latent_size[1] / latent_size[0]
+        with torch.no_grad():
+            parsing = target_parsing
+            if parsing is None and target_body is not None and source.body is not None:
+                times = target_body.shape[0] // source.parsing.batch
+                masks = source.parsing.masks.repeat_interleave(times, 0)
+                source_body = source.body.repeat_interleave(target_body.shape[0] // source.body.shape[0], 0)
+                parsing = region_prior(HumanParsing(masks), source_body, target_body, *latent_size)
+            for n, (h, w) in counts.items():
+                if parsing is not None:
+                    prior[n] = parsing.tokens(h, w)
+                if target_body is not None:
+                    body[n] = body_coordinates(target_body, h, w, aspect)
+        caa = source.caa
+        if caa is not None:
+            if target_body is not None and target_body.shape[0] != caa.tokens.shape[0]:
+                caa = caa.repeat(target_body.shape[0] // caa.tokens.shape[0])
+            if keep is not None:
+                caa = caa.rows(keep)
+        return TargetPass(
+            latent_size,
+            source if self.config.fusion != "none" else None,
+            omega=omega,
+            keep=keep,
+            beta=beta,
+            gamma=gamma,
+            strength=strength,
+            prior=prior,
+            given=target_parsing is not None,
+            body=body,
+            caa=caa,
+            kv=kv,
+            alignments=alignments,
+        )
+
+    def encode_pose(self, pose_map: Tensor) -> Tensor:
+        """Skeleton picture [B, 3, H, W] in [0, 1] -> what is added after TargetNet's conv_in."""
+        return self.pose_encoder(pose_map.to(self.dtype))
+
+    def denoise(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        call: TargetPass,
+        pose: Tensor | None,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """TargetNet's prediction for noisy latents [B, C, h, w] at timesteps [B]. pose: from `encode_pose`, or None."""
+        size = (latent.shape[-2] * self.codec.patch, latent.shape[-1] * self.codec.patch)
+        with _pose_added(pose):
+            return self.target_net(
+                latent,
+                timestep,
+                self._context(context, latent),
+                cross_attention_kwargs={"truepose": call},
+                added_cond_kwargs=self._extra_conditions(latent, size, pooled),
+            ).sample
+
+    def forward(
+        self,
+        source_image: Tensor,
+        source_parsing: HumanParsing,
+        source_body: Tensor | None,
+        noisy: Tensor,
+        timestep: Tensor,
+        pose_map: Tensor,
+        target_body: Tensor,
+        keep_source: Tensor,
+        keep_pose: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One training pass: (prediction [B, C, h, w], alignments per site). S sources serve B = S r targets, r
+        each in a row. keep_source, keep_pose: [B] bool, False where the condition is dropped."""
+        source = None
+        if self.source_net is not None:
+            source = self.encode_source(source_image, source_parsing, source_body)
+        alignments: dict[str, Tensor] = {}
+        call = self.target_pass(
+            (noisy.shape[-2], noisy.shape[-1]), source, target_body, keep=keep_source, alignments=alignments
+        )
+        pose = self.encode_pose(pose_map) * keep_pose[:, None, None, None]
+        return self.denoise(noisy, timestep, call, pose), alignments

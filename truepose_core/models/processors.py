@@ -1,0 +1,278 @@
+"""HPFA and CAA inside diffusers' UNet2DConditionModel, as attention processors.
+
+Processors hold no state of a run. What a forward pass needs travels in its `cross_attention_kwargs` as one
+`SourcePass` or `TargetPass`, so several threads may use one model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from truepose_core.attention.caa import CAASite, RegionTokens
+from truepose_core.attention.hpfa import (
+    SHUT,
+    SourceTokens,
+    augment,
+    gather_tokens,
+    kept_tokens,
+    match_channels,
+    region_rows_weight,
+)
+from truepose_core.features import SourceFeatures, grid_of
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
+
+
+class HPFASite(nn.Module):
+    """Learned beta, gamma [H] and region log weights [H, 7] of one self-attention site.
+
+    beta and gamma are kept as they are and clamped at 0 where used.
+    """
+
+    def __init__(self, heads: int, beta: float = 0.0, gamma: float = 0.0):
+        super().__init__()
+        self.beta = nn.Parameter(torch.full((heads,), float(beta)))
+        # Heads start at different reaches on the body, from a quarter of gamma to four times it.
+        reach = torch.logspace(-1, 1, heads, base=4.0) if heads > 1 else torch.ones(1)
+        self.gamma = nn.Parameter(gamma * reach)
+        self.region_log_weight = nn.Parameter(torch.zeros(heads, 7))
+
+
+@dataclass
+class SourcePass:
+    """A forward pass of SourceNet: `sites` fills with the input of every self-attention."""
+
+    latent_size: tuple[int, int]
+    caa: RegionTokens | None = None
+    sites: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TargetPass:
+    """A forward pass of TargetNet.
+
+    source: what HPFA reads, or None. omega: region weights [7], or None for all ones. keep: [B] bool, rows that see the
+    source at all (None: all of them). beta, gamma: training-free values, used where the model has none of its own.
+    target_regions: P per token count, and body coordinates likewise (see `rows`). kv: K and V of the source
+    per site, kept between passes whose weights do not change. alignments: site -> P [B, N, 7], filled when not None.
+    """
+
+    latent_size: tuple[int, int]
+    source: SourceFeatures | None = None
+    omega: Tensor | None = None
+    keep: Tensor | None = None
+    beta: float = 0.0
+    gamma: float = 0.0
+    strength: float = 1.0
+    prior: dict[int, Tensor] = field(default_factory=dict)
+    given: bool = False
+    body: dict[int, Tensor] = field(default_factory=dict)
+    caa: RegionTokens | None = None
+    kv: dict[str, SourceTokens | None] | None = None
+    alignments: dict[str, Tensor] | None = None
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    b, n, c = x.shape
+    return x.reshape(b, n, heads, c // heads).transpose(1, 2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    b, h, n, d = x.shape
+    return x.transpose(1, 2).reshape(b, n, h * d)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, heads_at_once: int | None) -> Tensor:
+    if heads_at_once is None or heads_at_once >= q.shape[1]:
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+    parts = zip(*(x.split(heads_at_once, 1) for x in (q, k, v)), strict=True)
+    return torch.cat([scaled_dot_product_attention(a, b, c, scale=scale) for a, b, c in parts], 1)
+
+
+class SelfAttention:
+    """attn1 of one block: records the source, or reads it."""
+
+    def __init__(self, site: str, hpfa: HPFASite | None, caa: CAASite | None, attn2: Attention | None):
+        self.site, self.hpfa, self.caa, self.attn2 = site, hpfa, caa, attn2
+        self.heads_at_once: int | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        truepose: SourcePass | TargetPass | None = None,
+    ) -> Tensor:
+        x = hidden_states
+        q, k, v = (_heads(f(x), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        d = q.shape[-1]
+        if isinstance(truepose, SourcePass):
+            truepose.sites[self.site] = x
+        if isinstance(truepose, TargetPass) and truepose.source is not None and truepose.strength > 0:
+            q, k, v = self._fuse(attn, x, q, k, v, truepose)
+        out = _merge(_attend(q, k, v, d**-0.5, self.heads_at_once)[..., :d])
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def _source(self, attn: Attention, call: TargetPass) -> SourceTokens | None:
+        """The source's K and V and rows at this site; None when the region weights leave nothing."""
+        if call.kv is not None and self.site in call.kv:
+            return call.kv[self.site]
+        source = call.source
+        x, rows, body = source.sites[self.site], source.regions(self.site), source.coordinates(self.site)
+        log_w = None
+        tokens: SourceTokens | None = None
+        kept = None
+        if call.omega is not None and bool((call.omega != 1).any()):
+            kept = kept_tokens(region_rows_weight(rows, call.omega))
+            if kept is not None:
+                index, log_w = kept
+                x, rows = gather_tokens(x, index), gather_tokens(rows, index)
+                body = None if body is None else gather_tokens(body, index)
+                log_w = log_w if bool((log_w != 0).any()) else None
+            nothing = kept is None
+        else:
+            nothing = False
+        if not nothing:
+            x = x.to(attn.to_k.weight.dtype)
+            k, v = _heads(attn.to_k(x), attn.heads), _heads(attn.to_v(x), attn.heads)
+            tokens = SourceTokens(k, v, rows, log_w, body)
+        if call.kv is not None:
+            call.kv[self.site] = tokens
+        return tokens
+
+    def _fuse(
+        self, attn: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: TargetPass
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        source = self._source(attn, call)
+        if source is None:
+            return q, k, v
+        batch, n = x.shape[:2]
+        source = _for_rows(source, batch, call)
+        beta, gamma = call.beta, call.gamma
+        log_weight = None
+        if self.hpfa is not None:
+            beta, gamma = self.hpfa.beta.clamp(min=0), self.hpfa.gamma.clamp(min=0)
+            log_weight = self.hpfa.region_log_weight
+        rows = self._target_regions(attn, x, call)
+        body = call.body.get(n)
+        if self.hpfa is None and call.gamma == 0:
+            body = None
+        if self.hpfa is None and call.beta == 0:
+            rows = None
+        channels = match_channels(
+            source,
+            q,
+            target_regions=rows,
+            beta=beta,
+            region_log_weight=log_weight,
+            target_body=body,
+            gamma=gamma,
+        )
+        return augment(q, k, v, source, channels)
+
+    def _target_regions(self, attn: Attention, x: Tensor, call: TargetPass) -> Tensor | None:
+        """P: what the user gave, else CAA's alignment, else the skeleton prior."""
+        n = x.shape[1]
+        prior = call.prior.get(n)
+        if call.given or self.caa is None or call.caa is None:
+            return prior
+        # attn2 comes after attn1 in the block; its query projection reads attn1's input here.
+        _, rows = self.caa(_heads(self.attn2.to_q(x), attn.heads), call.caa, prior)
+        if call.alignments is not None:
+            call.alignments[self.site] = rows
+        return rows
+
+
+def _for_rows(source: SourceTokens, batch: int, call: TargetPass) -> SourceTokens:
+    """The source's rows, repeated to the target's (each source serves the same number of targets), with strength and
+    dropped rows put into log w."""
+    times = batch // source.k.shape[0] if source.k.shape[0] > 1 else 1
+
+    def rep(x: Tensor | None) -> Tensor | None:
+        return x if x is None or times == 1 else x.repeat_interleave(times, 0)
+
+    log_w = rep(source.log_w)
+    shift = None
+    if call.strength < 1:
+        shift = source.k.new_full((1, 1), call.strength).log()
+    if call.keep is not None:
+        closed = torch.where(call.keep, 0.0, SHUT).to(source.k)[:, None]
+        shift = closed if shift is None else shift + closed
+    if shift is not None:
+        base = source.k.new_zeros((1, source.k.shape[2])) if log_w is None else log_w
+        log_w = (base + shift).clamp(min=SHUT)
+    return SourceTokens(rep(source.k), rep(source.v), rep(source.regions), log_w, rep(source.body))
+
+
+class CrossAttention:
+    """attn2 of one block: the context, and the source's region tokens beside it."""
+
+    def __init__(self, site: str, caa: CAASite | None):
+        self.site, self.caa = site, caa
+        self.heads_at_once: int | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        truepose: SourcePass | TargetPass | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = _heads(attn.to_q(hidden_states), attn.heads)
+        k, v = _heads(attn.to_k(context), attn.heads), _heads(attn.to_v(context), attn.heads)
+        out = _attend(q, k, v, q.shape[-1] ** -0.5, self.heads_at_once)
+        if self.caa is not None and truepose is not None and truepose.caa is not None:
+            prior = truepose.prior.get(q.shape[2]) if isinstance(truepose, TargetPass) else None
+            extra, _ = self.caa(q, truepose.caa, prior)
+            out = out + self.caa.scale.to(out) * extra
+        return attn.to_out[1](attn.to_out[0](_merge(out)))
+
+
+def attention_sites(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """Name -> transformer block of every block with self-attention, in the order of the forward pass."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    found = {name: m for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    return dict(sorted(found.items(), key=lambda item: order[item[0].split(".")[0]]))
+
+
+def key_of(site: str) -> str:
+    """A site's name as a ModuleDict key."""
+    return site.replace(".", "_")
+
+
+def install(
+    unet: UNet2DConditionModel,
+    hpfa: nn.ModuleDict | None = None,
+    caa: nn.ModuleDict | None = None,
+) -> None:
+    """Give every attention of the UNet our processors. hpfa and caa: modules per site (`key_of`)."""
+    for site, block in attention_sites(unet).items():
+        key = key_of(site)
+        h = hpfa[key] if hpfa is not None else None
+        c = caa[key] if caa is not None else None
+        block.attn1.set_processor(SelfAttention(site, h, c, block.attn2))
+        block.attn2.set_processor(CrossAttention(site, c))
+
+
+def token_counts(unet: UNet2DConditionModel, latent_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """Token count -> grid, for the levels that a latent of that size passes."""
+    grids = {}
+    height, width = latent_size
+    for _ in unet.config.block_out_channels:
+        grids[height * width] = grid_of(height * width, latent_size)
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return grids

@@ -1,0 +1,334 @@
+"""`TruePosePipeline`: source image and target poses in, the same person in those poses out.
+
+A diffusers `DiffusionPipeline`: any diffusers scheduler, seeds, batches, step callback, progress bar, CPU offload.
+SourceNet runs once per source, whatever the number of poses, seeds and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from truepose_core.errors import TruePoseError
+from truepose_core.features import SourceFeatures
+from truepose_core.framing import Frame, fit
+from truepose_core.models.model import TruePoseModel
+from truepose_core.models.processors import CrossAttention, SelfAttention, attention_sites
+from truepose_core.parsing import HumanParsing
+from truepose_core.regions import Region
+from truepose_core.skeleton import draw_skeleton
+
+TILE = 64
+"""Sides of pictures for a VAE model are rounded up to this, so that every UNet level has a whole grid."""
+
+
+@dataclass(frozen=True)
+class TransferOutput:
+    """images: [B, 3, H, W] float in [0, 1], of the size asked for. features: the source's, to use again."""
+
+    images: Tensor
+    features: SourceFeatures
+
+
+def combine_guidance(
+    nothing: Tensor | None, pose: Tensor | None, full: Tensor | None, w_pose: float, w_source: float
+) -> Tensor:
+    """e = e0 + w_pose (e_pose - e0) + w_source (e_full - e_pose) (design, Guidance; ours, after the two-scale guidance
+    of CFLD). A term whose factor is 0 may be None."""
+    terms = zip(guidance_factors(w_pose, w_source), (nothing, pose, full), strict=True)
+    parts = [factor * value for factor, value in terms if factor != 0]
+    return sum(parts[1:], parts[0])
+
+
+def guidance_factors(w_pose: float, w_source: float) -> tuple[float, float, float]:
+    """Factors of (e0, e_pose, e_full): only predictions with a factor other than 0 need computing."""
+    return 1 - w_pose, w_pose - w_source, w_source
+
+
+class TruePosePipeline(DiffusionPipeline):
+    """See `__call__`. `model` is a `TruePoseModel`; `scheduler` any diffusers scheduler, by default DDIM with the model's
+    own schedule and prediction type."""
+
+    model_cpu_offload_seq = "caa->source_net->pose_encoder->target_net"
+    _optional_components = ["caa", "source_net", "vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        target_net: torch.nn.Module,
+        pose_encoder: torch.nn.Module,
+        scheduler: Any,
+        source_net: torch.nn.Module | None = None,
+        caa: torch.nn.Module | None = None,
+        vae: torch.nn.Module | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            target_net=target_net,
+            pose_encoder=pose_encoder,
+            scheduler=scheduler,
+            source_net=source_net,
+            caa=caa,
+            vae=vae,
+        )
+        self.model: TruePoseModel | None = None
+
+    @classmethod
+    def from_model(cls, model: TruePoseModel, scheduler: Any | None = None) -> TruePosePipeline:
+        """A pipeline around a model (shared, not copied)."""
+        if scheduler is None:
+            scheduler = default_scheduler(model)
+        pipe = cls(
+            model.target_net,
+            model.pose_encoder,
+            scheduler,
+            model.source_net,
+            model.caa,
+            getattr(model.codec, "vae", None),
+        )
+        pipe.model = model
+        return pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> TruePosePipeline:
+        """Move to a device or type, as any diffusers pipeline."""
+        super().to(*args, **kwargs)
+        if self.model is not None and self.model.hpfa is not None:
+            self.model.hpfa.to(device=self.target_net.device, dtype=self.target_net.dtype)
+        return self
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Compute attention for some heads at a time ("auto": half of them, "max": one by one)."""
+        for net in (self.target_net, self.source_net):
+            if net is None:
+                continue
+            for block in attention_sites(net).values():
+                for attention in (block.attn1, block.attn2):
+                    processor = attention.processor
+                    if isinstance(processor, SelfAttention | CrossAttention):
+                        sizes = {"auto": max(1, attention.heads // 2), "max": 1, None: None}
+                        processor.heads_at_once = sizes.get(slice_size, slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """All heads at once again."""
+        self.enable_attention_slicing(None)
+
+    def frame(self, size: tuple[int, int]) -> Frame:
+        """How a picture of (height, width) sits in the model: a fixed size for pixel models, else padded to 64."""
+        config = self.model.config
+        return fit(size, config.size) if config.codec == "pixels" else fit(size, multiple=TILE)
+
+    @torch.no_grad()
+    def encode_source(
+        self,
+        image: Tensor,
+        parsing: HumanParsing,
+        body: Tensor | None = None,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> SourceFeatures:
+        """Run SourceNet once. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised keypoints
+        of the source person, or None (no skeleton prior and no body match then)."""
+        self._check_source(image, parsing, body)
+        frame = self.frame((image.shape[-2], image.shape[-1]))
+        device = self._execution_device
+        body = None if body is None else frame.apply_keypoints(body.float()).to(device)
+        # Padding continues the border's colour, so the person's surroundings have no invented edge.
+        fill = image.mean((0, 2, 3)).tolist()
+        return self.model.encode_source(
+            frame.apply(image.float(), fill).to(device),
+            frame.apply_parsing(parsing).to(device),
+            body,
+            context,
+            pooled,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        source: Tensor | SourceFeatures,
+        target_body: Tensor,
+        source_parsing: HumanParsing | None = None,
+        source_body: Tensor | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 12,
+        guidance_pose: float = 1.0,
+        guidance_source: float = 1.0,
+        region_weights: Tensor | None = None,
+        beta: float = 2.0,
+        gamma: float = 0.0,
+        strength: float = 1.0,
+        target_parsing: HumanParsing | None = None,
+        pose_map: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
+        latents: Tensor | None = None,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+    ) -> TransferOutput:
+        """Show the source person in the target poses.
+
+        source: image [1, 3, H, W] in [0, 1] with its parsing (and keypoints, if known), or the SourceFeatures of an earlier
+            call. A batch of S sources serves S r target poses, r each in a row.
+        target_body: [B, 18, 3] keypoints, normalised to the output picture.
+        height, width: of the output in pixels; by default the source image's.
+        guidance_pose, guidance_source: scales >= 0; 1 and 1 is no guidance and one network call per step.
+        region_weights: omega [7] in [0, 1]; None is all ones. strength in [0, 1]: 0 is TargetNet without a source.
+        beta, gamma: region and body match, >= 0, where the model has learned none of its own.
+        target_parsing: of the output picture, if known. pose_map: [B, 3, height, width], instead of drawing the skeleton.
+        seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
+        context, pooled: text embeddings for models that read text.
+
+        Raises TruePoseError for inputs that do not fit together.
+        """
+        model = self.model
+        device = self._execution_device
+        if model.hpfa is not None:
+            model.hpfa.to(device)
+        features = source if isinstance(source, SourceFeatures) else None
+        if height is None or width is None:
+            if features is not None:
+                raise TruePoseError("height and width are needed when the source is given as SourceFeatures")
+            height, width = source.shape[-2:]
+        if features is None:
+            if source_parsing is None:
+                raise TruePoseError("a source image needs its human parsing; none was given")
+            features = self.encode_source(source, source_parsing, source_body, context, pooled)
+        self._check_call(features, target_body, num_inference_steps, guidance_pose, guidance_source, strength)
+
+        frame = self.frame((height, width))
+        batch = target_body.shape[0]
+        body = frame.apply_keypoints(target_body.float()).to(device)
+        if target_parsing is not None:
+            target_parsing = frame.apply_parsing(target_parsing).to(device)
+        if pose_map is None:
+            drawn = draw_skeleton(body, *frame.size_model)
+        else:
+            drawn = frame.apply(pose_map.float(), 0.0).to(device)
+        pose = model.encode_pose(drawn)
+        patch = model.codec.patch
+        shape = (
+            batch,
+            self.target_net.config.out_channels,
+            frame.size_model[0] // patch,
+            frame.size_model[1] // patch,
+        )
+        latents = self._noise(shape, seed, latents, device)
+        kv: dict = {}
+        full = model.target_pass(
+            shape[-2:],
+            features,
+            body,
+            target_parsing,
+            kv=kv,
+            omega=None if region_weights is None else region_weights.to(device),
+            beta=beta,
+            gamma=gamma,
+            strength=strength,
+        )
+        alone = model.target_pass(shape[-2:], None)
+        calls = ((alone, None), (alone, pose), (full, pose))
+        factors = guidance_factors(guidance_pose, guidance_source)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents * self.scheduler.init_noise_sigma
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                x = self.scheduler.scale_model_input(latents, t).to(model.dtype)
+                when = t.expand(batch)
+                predictions = [
+                    model.denoise(x, when, call, p, context, pooled).float() if factor != 0 else None
+                    for factor, (call, p) in zip(factors, calls, strict=True)
+                ]
+                prediction = combine_guidance(*predictions, guidance_pose, guidance_source)
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    given = callback_on_step_end(self, i, int(t), {"latents": latents})
+                    latents = given.get("latents", latents)
+                bar.update()
+        images = model.codec.decode(latents.to(model.dtype)).float().cpu()
+        self.maybe_free_model_hooks()
+        if not torch.isfinite(images).all():
+            raise TruePoseError(
+                f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
+            )
+        return TransferOutput(frame.restore(images), features)
+
+    def _noise(
+        self, shape: tuple[int, ...], seed: int | Sequence[int], latents: Tensor | None, device: torch.device
+    ) -> Tensor:
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise TruePoseError(f"latents are {tuple(latents.shape)}; expected {shape}")
+            return latents.to(device=device, dtype=torch.float32)
+        seeds = [seed + i for i in range(shape[0])] if isinstance(seed, int) else list(seed)
+        if len(seeds) != shape[0]:
+            raise TruePoseError(f"{len(seeds)} seeds for {shape[0]} pictures; give one seed, or one for each")
+        # Drawn on the CPU: the same seed is the same picture on any device.
+        rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(rows).to(device)
+
+    def _check_source(self, image: Tensor, parsing: HumanParsing, body: Tensor | None) -> None:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise TruePoseError(f"the source image is {tuple(image.shape)}; expected [S, 3, H, W]")
+        if parsing.size != tuple(image.shape[-2:]):
+            raise TruePoseError(
+                f"the parsing is {parsing.size[1]}x{parsing.size[0]} and the source image "
+                f"{image.shape[-1]}x{image.shape[-2]}; they must be the same size"
+            )
+        if parsing.batch != image.shape[0]:
+            raise TruePoseError(
+                f"{parsing.batch} parsings for {image.shape[0]} source images; expected one for each"
+            )
+        if body is not None and (body.shape[0] != image.shape[0] or body.shape[1:] != (18, 3)):
+            raise TruePoseError(
+                f"source keypoints are {tuple(body.shape)}; expected [{image.shape[0]}, 18, 3]"
+            )
+        if bool((parsing.masks[:, Region.BACKGROUND] > 0.99).all()):
+            raise TruePoseError(
+                "the parsing shows nobody: every pixel is background. Check the source's parsing"
+            )
+
+    def _check_call(
+        self,
+        features: SourceFeatures,
+        target_body: Tensor,
+        steps: int,
+        guidance_pose: float,
+        guidance_source: float,
+        strength: float,
+    ) -> None:
+        if target_body.ndim != 3 or target_body.shape[1:] != (18, 3):
+            raise TruePoseError(f"target keypoints are {tuple(target_body.shape)}; expected [B, 18, 3]")
+        if not bool((target_body[..., 2] > 0).any(1).all()):
+            raise TruePoseError("a target pose has no keypoint at all; expected at least one person per pose")
+        sources = features.parsing.batch
+        if target_body.shape[0] % sources:
+            raise TruePoseError(
+                f"{target_body.shape[0]} target poses cannot be shared among {sources} sources; "
+                "expected the same number for each"
+            )
+        if steps < 1:
+            raise TruePoseError(f"{steps} sampling steps; expected at least 1")
+        for name, value in (("guidance_pose", guidance_pose), ("guidance_source", guidance_source)):
+            if not 0 <= value < float("inf"):
+                raise TruePoseError(f"{name} is {value}; expected a number of at least 0 (1 is no guidance)")
+        if not 0 <= strength <= 1:
+            raise TruePoseError(f"strength is {strength}; expected 0 to 1")
+
+
+def default_scheduler(model: TruePoseModel) -> DDIMScheduler:
+    """DDIM (Song et al., arXiv 2010.02502) with the model's schedule, steps spaced from the last one down."""
+    return DDIMScheduler(
+        **model.config.scheduler,
+        prediction_type=model.config.prediction_type,
+        timestep_spacing="trailing",
+        clip_sample=model.config.codec == "pixels",
+        set_alpha_to_one=True,
+    )

@@ -1,0 +1,1 @@
+"""Training on Hugging Face accelerate, and the mannequin data it draws from."""

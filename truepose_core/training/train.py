@@ -1,0 +1,387 @@
+"""`truepose train`: one loop for the bundled model from scratch and for real ones from SD1.5, on accelerate.
+
+Loss (defaults in TrainingConfig):
+* mean squared error of the model's prediction, weighted by what a pixel shows (region weights: ours) and, for
+  epsilon and v prediction, by min-SNR-5 (Hang et al., arXiv 2303.09556, section 3.4; x0 prediction with a plain
+  square error is SNR-weighted already);
+* alignment: cross-entropy of CAA's alignment map with the target's parsing (ours), where the model has CAA.
+
+Conditions are dropped as guidance drops them: the source alone, or source and pose together (design, Guidance).
+Timesteps are drawn with density proportional to t^(1/power - 1); power 1 is uniform (Ho et al., arXiv 2006.11239).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, pixel_unshuffle
+
+from truepose_core.errors import TruePoseError
+from truepose_core.models.codec import PixelCodec
+from truepose_core.models.config import TruePoseConfig, mannequin_config
+from truepose_core.models.model import TruePoseModel
+from truepose_core.models.store import load_strict, save_model
+from truepose_core.regions import Region
+from truepose_core.skeleton import draw_skeleton
+from truepose_core.training.data import MannequinPool, TrainingBatch
+
+REGION_LOSS = {
+    Region.BACKGROUND: 0.5,
+    Region.FACE: 4.0,
+    Region.HAIR: 2.0,
+    Region.UPPER: 2.0,
+    Region.LOWER: 2.0,
+    Region.SKIN: 2.0,
+    Region.ACCESSORY: 2.0,
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a run is made of. Two runs with equal configurations see the same data and start from the same weights.
+
+    row: "pose", "concat", "HPFA" or "HPFA+CAA". steps: optimiser steps. sources, targets: people per step and target
+    poses of each. keep: steps after which the averaged weights are written aside (for a table at equal budget).
+    decay: share of the steps, at the end, over which the learning rate falls to zero.
+    """
+
+    row: str = "HPFA+CAA"
+    steps: int = 2000
+    sources: int = 8
+    targets: int = 3
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    decay: float = 0.2
+    weight_decay: float = 0.01
+    ema: float = 0.998
+    drop_source: float = 0.05
+    drop_all: float = 0.05
+    alignment: float = 0.05
+    timestep_power: float = 0.5
+    accumulate: int = 1
+    clip: float = 1.0
+    seed: int = 0
+    people: int = 1024
+    poses: int = 6
+    fresh: int = 4
+    precision: str = "no"
+    sample_every: int = 250
+    save_every: int = 250
+    keep: tuple[int, ...] = ()
+
+    @property
+    def model(self) -> TruePoseConfig:
+        if self.row not in ROWS:
+            raise TruePoseError(f"unknown row {self.row!r}; expected one of {', '.join(ROWS)}")
+        return ROWS[self.row]()
+
+
+ROWS = {
+    "pose": lambda: mannequin_config("none", caa=False),
+    "concat": lambda: mannequin_config("concat", caa=False),
+    "HPFA": lambda: mannequin_config("hpfa", caa=False),
+    "HPFA+CAA": lambda: mannequin_config("hpfa", caa=True),
+}
+"""The four learned rows of the evaluation table."""
+
+
+def draw_timesteps(count: int, train_steps: int, power: float, generator: torch.Generator) -> Tensor:
+    """[count] integer timesteps in [0, train_steps); larger steps are likelier for power < 1."""
+    u = torch.rand(count, generator=generator).pow(power)
+    return (u * train_steps).long().clamp(max=train_steps - 1)
+
+
+def draw_dropout(
+    count: int, drop_source: float, drop_all: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(keep_source, keep_pose), each [count] bool. The pose is only ever dropped together with the source."""
+    u = torch.rand(count, generator=generator)
+    return u >= drop_source + drop_all, u >= drop_all
+
+
+def region_loss_weight(masks: Tensor) -> Tensor:
+    """[B, 7, H, W] -> [B, 1, H, W], mean 1 over each image."""
+    weight = torch.tensor([REGION_LOSS[r] for r in Region], device=masks.device, dtype=masks.dtype)
+    weight = torch.einsum("r,brhw->bhw", weight, masks)[:, None]
+    return weight / weight.mean((1, 2, 3), keepdim=True)
+
+
+def alignment_loss(
+    alignments: dict[str, Tensor], target: Any, latent_size: tuple[int, int], keep: Tensor
+) -> Tensor:
+    """Mean cross-entropy of the alignment maps with the target's region rows, over the rows that see the source."""
+    from truepose_core.features import grid_of
+
+    total = keep.new_zeros((), dtype=torch.float32)
+    for rows in alignments.values():
+        truth = target.tokens(*grid_of(rows.shape[1], latent_size)).to(rows)
+        entropy = -(truth * rows.clamp(min=1e-4).log()).sum(-1).mean(1)
+        total = total + (entropy * keep).sum() / keep.sum().clamp(min=1)
+    return total / max(len(alignments), 1)
+
+
+class Trainer:
+    """One training run in a folder: `run()` trains, from the last checkpoint if there is one."""
+
+    def __init__(self, config: TrainingConfig, out: Path, *, quiet: bool = False):
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler
+        from diffusers.training_utils import EMAModel
+
+        self.config, self.out, self.quiet = config, Path(out), quiet
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate
+        )
+        torch.manual_seed(config.seed)
+        model_config = config.model
+        self.model = TruePoseModel(model_config)
+        self.scheduler = DDPMScheduler(**model_config.scheduler, prediction_type=model_config.prediction_type)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        self.ema = EMAModel(parameters, decay=config.ema, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.step, self.seconds = 0, 0.0
+        self._resume()
+        self.ema.to(self.accelerator.device)
+        self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.pool = MannequinPool(
+            config.people,
+            config.poses,
+            model_config.size,
+            seed=config.seed,
+            fresh=config.fresh,
+            step=self.step * config.accumulate,
+            device=self.accelerator.device,
+        )
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.out / "checkpoint"
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
+        c = self.config
+        down = (c.steps - step) / max(1, round(c.decay * c.steps)) if c.decay else 1.0
+        return c.learning_rate * min(1.0, (step + 1) / c.warmup, down)
+
+    def loss(self, batch: TrainingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a batch; every random draw comes from (seed, step, process)."""
+        c, scheduler = self.config, self.scheduler
+        # One generator on the CPU, so that any device sees the same noise.
+        rank = self.accelerator.process_index
+        generator = torch.Generator().manual_seed((c.seed * 7_919 + step) * 4099 + rank)
+        clean = self.model.codec.encode(batch.target_image)
+        count = clean.shape[0]
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        steps = draw_timesteps(count, scheduler.config.num_train_timesteps, c.timestep_power, generator).to(
+            clean.device
+        )
+        keep_source, keep_pose = (
+            x.to(clean.device) for x in draw_dropout(count, c.drop_source, c.drop_all, generator)
+        )
+        noisy = scheduler.add_noise(clean, noise, steps)
+        pose_map = draw_skeleton(batch.target_body, *batch.target_image.shape[-2:])
+        prediction, alignments = self.net(
+            batch.source_image,
+            batch.source_parsing,
+            batch.source_body,
+            noisy,
+            steps,
+            pose_map,
+            batch.target_body,
+            keep_source,
+            keep_pose,
+        )
+        kind = self.model.config.prediction_type
+        wanted = {"sample": clean, "epsilon": noise}.get(kind)
+        if wanted is None:
+            wanted = scheduler.get_velocity(clean, noise, steps)
+        weight = region_loss_weight(batch.target_parsing.masks)
+        if isinstance(self.model.codec, PixelCodec):
+            weight = pixel_unshuffle(weight.expand(-1, 3, -1, -1), self.model.codec.patch)
+        else:
+            weight = adaptive_avg_pool2d(weight, clean.shape[-2:])
+        error = (weight * (prediction.float() - wanted).square()).mean((1, 2, 3))
+        if kind != "sample":
+            alpha = scheduler.alphas_cumprod.to(clean.device)[steps]
+            snr = alpha / (1 - alpha)
+            error = error * snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
+        loss = error.mean()
+        figures = {"loss/denoise": loss.item()}
+        if alignments and c.alignment > 0:
+            size = (clean.shape[-2], clean.shape[-1])
+            aligned = alignment_loss(alignments, batch.target_parsing, size, keep_source)
+            figures["loss/alignment"] = aligned.item()
+            loss = loss + c.alignment * aligned
+        return loss, figures
+
+    def run(self) -> Path:
+        """Train to the last step. Ctrl-C writes a checkpoint first. Returns the path of the final weights."""
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm.auto import tqdm
+
+        c, main = self.config, self.accelerator.is_main_process
+        writer = SummaryWriter(str(self.out / "curves")) if main else None
+        bar = tqdm(total=c.steps, initial=self.step, disable=self.quiet or not main, unit="step")
+        started = time.perf_counter() - self.seconds
+        try:
+            while self.step < c.steps:
+                figures = self._optimise()
+                self.seconds = time.perf_counter() - started
+                bar.update()
+                bar.set_postfix(loss=f"{figures['loss/denoise']:.4f}")
+                if writer is not None:
+                    for name, value in figures.items():
+                        writer.add_scalar(name, value, self.step)
+                if self.step in c.keep:
+                    self.export(self.out / f"weights-{self.step}.safetensors")
+                if self.step % c.sample_every == 0:
+                    self._sample(writer)
+                if self.step % c.save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+        self.save()
+        return self.export(self.out / "weights.safetensors")
+
+    def _optimise(self) -> dict[str, float]:
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        for _ in range(c.accumulate):
+            batch = self.pool.batch(c.sources, c.targets, self.accelerator.process_index)
+            with self.accelerator.accumulate(self.net), self.accelerator.autocast():
+                loss, figures = self.loss(batch.to(self.accelerator.device), self.pool.step)
+            self.accelerator.backward(loss)
+            self.pool.advance()
+        if not torch.isfinite(loss):
+            raise TruePoseError(
+                f"the loss became {loss.item()} at step {self.step}; lower the learning rate "
+                f"(now {c.learning_rate}) and resume from {self._checkpoint}"
+            )
+        figures["norm/gradient"] = float(self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(p for p in self.model.parameters() if p.requires_grad)
+        self.step += 1
+        return figures
+
+    def averaged(self) -> TruePoseModel:
+        """A copy of the model with the averaged weights, in evaluation mode."""
+        model = TruePoseModel(self.model.config)
+        model.load_state_dict(self.model.state_dict())
+        self.ema.copy_to(p for p in model.parameters() if p.requires_grad)
+        return model.to(self.accelerator.device).eval()
+
+    def export(self, path: Path) -> Path:
+        """Write the averaged weights in float16, with the story of the run in the metadata."""
+        story = {
+            **asdict(self.config),
+            "data": f"mannequin world, train split, {self.model.config.size[1]}x{self.model.config.size[0]}",
+            "steps_done": self.step,
+            "seconds": round(self.seconds),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+        }
+        if self.accelerator.is_main_process:
+            save_model(self.averaged(), path, training=story, dtype=torch.float16, overwrite=True)
+        return path
+
+    def _sample(self, writer: Any) -> None:
+        """A sample sheet: source | skeleton | result | truth, on people of the test split."""
+        if writer is None:
+            return
+        from truepose_core.images import save_image
+        from truepose_core.training.samples import sample_sheet
+
+        sheet = sample_sheet(self.averaged(), pairs=8, seed=self.config.seed)
+        save_image(sheet, self.out / f"sample-{self.step:06d}.png", overwrite=True)
+        writer.add_image("samples", sheet[0], self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint from which `Trainer` continues to the same state."""
+        if not self.accelerator.is_main_process:
+            return
+        from safetensors.torch import save
+
+        from truepose_core.images import atomic_write
+
+        folder = self._checkpoint
+        folder.mkdir(exist_ok=True)
+        parameters = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        tensors = {
+            f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()
+        }
+        for name, average in zip(parameters, self.ema.shadow_params, strict=True):
+            tensors[f"ema.{name}"] = average.detach().cpu().contiguous().clone()
+        state = self.optimizer.state_dict()["state"]
+        for index, name in enumerate(parameters):
+            for key, value in state.get(index, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+        story = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "ema_steps": self.ema.optimization_step,
+            "config": asdict(self.config),
+        }
+        # One file holds all, so that a checkpoint is either the old one or the new one.
+        atomic_write(
+            folder / "state.safetensors", save(tensors, {"story": json.dumps(story)}), overwrite=True
+        )
+
+    def _resume(self) -> None:
+        from truepose_core.models.store import _open
+
+        path = self._checkpoint / "state.safetensors"
+        if not path.is_file():
+            return
+        metadata, tensors = _open(path, with_tensors=True)
+        story = json.loads(metadata["story"])
+        free = {"steps", "keep", "sample_every", "save_every"}
+        mine, theirs = asdict(self.config), story["config"]
+        other = [
+            f"{k}: {theirs.get(k)!r} then, {v!r} now"
+            for k, v in json.loads(json.dumps(mine)).items()
+            if k not in free and theirs.get(k) != v
+        ]
+        if other:
+            raise TruePoseError(
+                f"{path} was made with other settings ({'; '.join(other)}); use those, or another --out folder"
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        load_strict(self.model, part("model."), str(path))
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        averages = part("ema.")
+        self.ema.shadow_params = [averages[n].clone() for n, _ in named]
+        self.ema.optimization_step = story["ema_steps"]
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (name, _) in enumerate(named):
+            keys = {
+                k.split(".", 1)[0]: v for k, v in part("optimizer.").items() if k.split(".", 1)[1] == name
+            }
+            if keys:
+                state[index] = keys
+        if state:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step, self.seconds = story["step"], story["seconds"]
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of weights that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
