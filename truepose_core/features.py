@@ -78,9 +78,7 @@ class SourceFeatures:
         """Bytes held by the hidden states."""
         return sum(x.numel() * x.element_size() for x in self.sites.values())
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> SourceFeatures:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SourceFeatures:
         sites = {k: v.to(device=device, dtype=dtype) for k, v in self.sites.items()}
         caa = self.caa
         if caa is not None:

@@ -111,8 +111,7 @@ class Frame:
     def _check(self, image: Tensor, size: tuple[int, int], what: str) -> None:
         if image.dim() != 4 or tuple(image.shape[2:]) != size or not image.is_floating_point():
             raise TruePoseError(
-                f"{what} is {image.dtype} {tuple(image.shape)}; "
-                f"this frame expects float [B, C, {size[0]}, {size[1]}]"
+                f"{what} is {image.dtype} {tuple(image.shape)}; this frame expects float [B, C, {size[0]}, {size[1]}]"
             )
 
     def _pad(self, image: Tensor, axis: int, fill: float | Sequence[float]) -> Tensor:
@@ -132,9 +131,7 @@ class Frame:
         if keypoints.shape[-1:] != (3,):
             raise TruePoseError(f"keypoints are {tuple(keypoints.shape)}; expected [..., 3]")
         xy, visible = keypoints[..., :2].double(), keypoints[..., 2:]
-        size, padded, offset = (
-            xy.new_tensor(pair[::-1]) for pair in (self.size_in, self.size_padded, self.offset)
-        )
+        size, padded, offset = (xy.new_tensor(pair[::-1]) for pair in (self.size_in, self.size_padded, self.offset))
         moved = (xy * size + offset) / padded if forward else (xy * padded - offset) / size
         moved = torch.where(visible > 0, moved, xy).to(keypoints.dtype)
         return torch.cat((moved, visible), -1)

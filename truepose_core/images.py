@@ -90,9 +90,7 @@ def decode(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.
     except Image.DecompressionBombError as error:
         raise TruePoseError(f"{what} is too large ({error}); expected at most {max_pixels} pixels") from error
     except _DECODE_ERRORS as error:
-        raise TruePoseError(
-            f"{what} is damaged or incomplete ({error}); save or download it again"
-        ) from error
+        raise TruePoseError(f"{what} is damaged or incomplete ({error}); save or download it again") from error
 
 
 def save_image(tensor: Tensor, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -109,8 +107,7 @@ def save_image(tensor: Tensor, path: str | os.PathLike[str], overwrite: bool = F
         image = image[0]
     if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
         raise TruePoseError(
-            f"cannot save {tensor.dtype} {tuple(tensor.shape)} as {path}; "
-            "expected one float image [1, 3, H, W]"
+            f"cannot save {tensor.dtype} {tuple(tensor.shape)} as {path}; expected one float image [1, 3, H, W]"
         )
     if not bool(image.isfinite().all()):
         raise TruePoseError(f"cannot save {path}: the image holds NaN or infinite values")
@@ -135,20 +132,14 @@ def check_output(
     """
     path = Path(path)
     if suffixes is not None and path.suffix.lower() not in suffixes:
-        raise TruePoseError(
-            f"output {path} has the suffix {path.suffix!r}; expected one of {', '.join(suffixes)}"
-        )
+        raise TruePoseError(f"output {path} has the suffix {path.suffix!r}; expected one of {', '.join(suffixes)}")
     try:
         if path.is_dir():
             raise TruePoseError(f"output {path} is a folder; expected the path of a file")
         if not overwrite and os.path.lexists(path):
-            raise TruePoseError(
-                f"output {path} exists already; choose another path, or overwrite it on purpose"
-            )
+            raise TruePoseError(f"output {path} exists already; choose another path, or overwrite it on purpose")
         if not path.parent.is_dir():
-            raise TruePoseError(
-                f"the folder {path.parent} of output {path.name} does not exist; create it first"
-            )
+            raise TruePoseError(f"the folder {path.parent} of output {path.name} does not exist; create it first")
         # Permission bits do not tell the whole truth (root, read-only mounts): try it.
         probe = _temporary_path(path)
         with open(probe, "xb"):

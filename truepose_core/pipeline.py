@@ -94,11 +94,19 @@ class TruePosePipeline(DiffusionPipeline):
         pipe.model = model
         return pipe
 
-    def to(self, *args: Any, **kwargs: Any) -> TruePosePipeline:
-        """Move to a device or type, as any diffusers pipeline."""
-        super().to(*args, **kwargs)
-        if self.model is not None and self.model.hpfa is not None:
-            self.model.hpfa.to(device=self.target_net.device, dtype=self.target_net.dtype)
+    @property
+    def device(self) -> torch.device:
+        """Where TargetNet's weights are. (Not every component is a diffusers model that could be asked.)"""
+        return self.target_net.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """TargetNet's type."""
+        return self.target_net.dtype
+
+    def to(self, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> TruePosePipeline:
+        """Move every network to a device or type, as `torch.nn.Module.to`."""
+        self.model.to(*args, **kwargs)
         return self
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
@@ -161,8 +169,8 @@ class TruePosePipeline(DiffusionPipeline):
         guidance_pose: float = 1.0,
         guidance_source: float = 1.0,
         region_weights: Tensor | None = None,
-        beta: float = 2.0,
-        gamma: float = 0.0,
+        beta: float | None = None,
+        gamma: float | None = None,
         strength: float = 1.0,
         target_parsing: HumanParsing | None = None,
         pose_map: Tensor | None = None,
@@ -180,7 +188,8 @@ class TruePosePipeline(DiffusionPipeline):
         height, width: of the output in pixels; by default the source image's.
         guidance_pose, guidance_source: scales >= 0; 1 and 1 is no guidance and one network call per step.
         region_weights: omega [7] in [0, 1]; None is all ones. strength in [0, 1]: 0 is TargetNet without a source.
-        beta, gamma: region and body match, >= 0, where the model has learned none of its own.
+        beta, gamma: region and body match, >= 0, the same for every head; None is what the model learned, or its
+            configuration's value where it learned none.
         target_parsing: of the output picture, if known. pose_map: [B, 3, height, width], instead of drawing the skeleton.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
@@ -228,8 +237,8 @@ class TruePosePipeline(DiffusionPipeline):
             target_parsing,
             kv=kv,
             omega=None if region_weights is None else region_weights.to(device),
-            beta=beta,
-            gamma=gamma,
+            beta=beta if beta is not None or model.hpfa is not None else model.config.beta,
+            gamma=gamma if gamma is not None or model.hpfa is not None else model.config.gamma,
             strength=strength,
         )
         alone = model.target_pass(shape[-2:], None)
@@ -283,17 +292,11 @@ class TruePosePipeline(DiffusionPipeline):
                 f"{image.shape[-1]}x{image.shape[-2]}; they must be the same size"
             )
         if parsing.batch != image.shape[0]:
-            raise TruePoseError(
-                f"{parsing.batch} parsings for {image.shape[0]} source images; expected one for each"
-            )
+            raise TruePoseError(f"{parsing.batch} parsings for {image.shape[0]} source images; expected one for each")
         if body is not None and (body.shape[0] != image.shape[0] or body.shape[1:] != (18, 3)):
-            raise TruePoseError(
-                f"source keypoints are {tuple(body.shape)}; expected [{image.shape[0]}, 18, 3]"
-            )
+            raise TruePoseError(f"source keypoints are {tuple(body.shape)}; expected [{image.shape[0]}, 18, 3]")
         if bool((parsing.masks[:, Region.BACKGROUND] > 0.99).all()):
-            raise TruePoseError(
-                "the parsing shows nobody: every pixel is background. Check the source's parsing"
-            )
+            raise TruePoseError("the parsing shows nobody: every pixel is background. Check the source's parsing")
 
     def _check_call(
         self,

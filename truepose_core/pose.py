@@ -68,9 +68,7 @@ LIMBS: tuple[tuple[int, int], ...] = (
 
 # The bones of a hand: from the wrist (0) up each of the five fingers.
 HAND_EDGES: tuple[tuple[int, int], ...] = tuple(
-    (0 if joint == 0 else 4 * finger + joint, 4 * finger + joint + 1)
-    for finger in range(5)
-    for joint in range(4)
+    (0 if joint == 0 else 4 * finger + joint, 4 * finger + joint + 1) for finger in range(5) for joint in range(4)
 )
 
 N_BODY, N_HAND, N_FACE = 18, 21, 70
@@ -182,8 +180,7 @@ class Pose:
         seen = [i for i, person in enumerate(self.people) if person.is_visible]
         if not seen:
             raise TruePoseError(
-                "the pose has no person: no body keypoint is visible. "
-                "Give a pose with at least one detected person"
+                "the pose has no person: no body keypoint is visible. Give a pose with at least one detected person"
             )
         return max(seen, key=lambda i: self._diagonal(self.people[i]))
 
@@ -197,8 +194,7 @@ class Pose:
             index = self.largest()
             if len(self.people) > 1:
                 _log.warning(
-                    "the pose has %d people; taking person %d, the largest. "
-                    "Choose another by its index, 0 to %d",
+                    "the pose has %d people; taking person %d, the largest. Choose another by its index, 0 to %d",
                     len(self.people),
                     index,
                     len(self.people) - 1,
@@ -266,9 +262,7 @@ def read_pose(
     if not data:
         raise TruePoseError(f"{where} is an empty list; expected at least one frame")
     single = len(data) == 1
-    return [
-        _read_frame(frame, canvas, where if single else f"{where}, frame {i}") for i, frame in enumerate(data)
-    ]
+    return [_read_frame(frame, canvas, where if single else f"{where}, frame {i}") for i, frame in enumerate(data)]
 
 
 def write_pose(poses: Pose | Sequence[Pose]) -> list[dict[str, Any]]:
@@ -298,9 +292,7 @@ def _read_json(path: Path, where: str) -> Any:
     try:
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
-            raise TruePoseError(
-                f"{where} has {size} bytes; expected at most {_MAX_JSON_BYTES}. Is it a pose?"
-            )
+            raise TruePoseError(f"{where} has {size} bytes; expected at most {_MAX_JSON_BYTES}. Is it a pose?")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise TruePoseError(f"{where} cannot be read: {error.strerror}") from error
@@ -322,8 +314,7 @@ def _read_frame(frame: Any, canvas: tuple[int, int] | None, where: str) -> Pose:
     if not isinstance(listed, (list, tuple)):
         raise TruePoseError(f'"people" of {where} is a {type(listed).__name__}; expected a list')
     people = [
-        _read_person(person, f"{where}, person {i}" if len(listed) > 1 else where)
-        for i, person in enumerate(listed)
+        _read_person(person, f"{where}, person {i}" if len(listed) > 1 else where) for i, person in enumerate(listed)
     ]
     arrays = [array for person in people for array in person.values()]
     seen = [array[array[:, 2] > 0, :2] for array in arrays]
@@ -361,9 +352,7 @@ def _canvas_size(
     for name, value in zip(("width", "height"), given, strict=True):
         is_number = isinstance(value, (int, float, np.integer, np.floating))
         if not is_number or isinstance(value, bool) or not 1 <= value < 2**24 or value % 1:
-            raise TruePoseError(
-                f"the canvas {name} of {where} is {value!r}; expected a whole number of pixels"
-            )
+            raise TruePoseError(f"the canvas {name} of {where} is {value!r}; expected a whole number of pixels")
         size.append(int(value))
     return size[0], size[1]
 
@@ -424,9 +413,7 @@ def _read_keypoint(row: Sequence, name: str, where: str) -> tuple[float, float, 
     if confidence <= 0 or (x == -1 and y == -1):
         return 0.0, 0.0, 0.0
     if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(confidence)):
-        raise TruePoseError(
-            f"{name} of {where} is ({x}, {y}) with confidence {confidence}; expected finite numbers"
-        )
+        raise TruePoseError(f"{name} of {where} is ({x}, {y}) with confidence {confidence}; expected finite numbers")
     return x, y, min(confidence, 1.0)
 
 

@@ -199,9 +199,7 @@ def parse_region_weights(items: Iterable[str]) -> dict[str, float]:
         except ValueError:
             number = None
         if not equals or number is None:
-            raise TruePoseError(
-                f"region weight {item!r} is not NAME=WEIGHT; write for example face=1 or upper=0.5"
-            )
+            raise TruePoseError(f"region weight {item!r} is not NAME=WEIGHT; write for example face=1 or upper=0.5")
         key = to_region(name).name.lower()
         if key in weights:
             raise TruePoseError(f"region {key!r} is given twice")

@@ -39,9 +39,7 @@ def make(seed, dtype=torch.float64, batch=2, source_batch=None, heads=3, n=10, m
         rand(sb, heads, m, d),
         regions=rand(sb, m, 7).softmax(-1),
         log_w=torch.rand(sb, m, generator=g, dtype=torch.float64).clamp(min=0.01).log().to(dtype),
-        body=torch.cat(
-            [rand(sb, m, 2) / 2, torch.rand(sb, m, 1, generator=g, dtype=torch.float64).to(dtype)], -1
-        ),
+        body=torch.cat([rand(sb, m, 2) / 2, torch.rand(sb, m, 1, generator=g, dtype=torch.float64).to(dtype)], -1),
     )
     terms = dict(
         target_regions=rand(batch, n, 7).softmax(-1),

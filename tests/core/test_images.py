@@ -207,6 +207,7 @@ def test_what_is_no_image(tmp_path, content):
     refused(tmp_path / "image.png", "not an image|damaged")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
 def test_truncated_files_at_any_length(tmp_path, suffix):
     path = tmp_path / f"image{suffix}"
@@ -218,6 +219,7 @@ def test_truncated_files_at_any_length(tmp_path, suffix):
         refused(path, "damaged|not an image|empty")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.integers(0, 2**31 - 1))
 @settings(max_examples=60, deadline=None)
 def test_damaged_bytes_raise_nothing_else(tmp_path_factory, seed):

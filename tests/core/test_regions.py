@@ -63,9 +63,7 @@ def test_published_indices_of_labels_that_readers_rely_on():
     assert [lip.index(n) for n in ("Upper-clothes", "Jumpsuits", "Face", "Right-shoe")] == [*(5, 10, 13, 19)]
     assert cihp.index("Torso-skin") == 10
     assert [i for i in range(20) if lip[i] != cihp[i]] == [10]
-    assert pascal == [
-        *("Background", "Head", "Torso", "Upper-arms", "Lower-arms", "Upper-legs", "Lower-legs")
-    ]
+    assert pascal == [*("Background", "Head", "Torso", "Upper-arms", "Lower-arms", "Upper-legs", "Lower-legs")]
 
 
 def test_segformer_clothes_has_the_labels_of_atr():

@@ -233,9 +233,7 @@ def test_hands_and_faces_can_be_left_out():
         draw_pose(Pose(48, 64, (full,)), 64, 48, hands=False, face=False),
         draw_skeleton(torch.tensor(full.body)[None], 64, 48),
     )
-    assert not torch.equal(
-        draw_pose(Pose(48, 64, (full,)), 64, 48), draw_pose(Pose(48, 64, (plain,)), 64, 48)
-    )
+    assert not torch.equal(draw_pose(Pose(48, 64, (full,)), 64, 48), draw_pose(Pose(48, 64, (plain,)), 64, 48))
 
 
 def test_all_joints_lie_over_all_limbs():

@@ -82,9 +82,7 @@ def limb_frames(body: Tensor, aspect: float) -> LimbFrames:
     seen = body[..., 2] > 0
     mid_hip = (xy[:, R_HIP] + xy[:, L_HIP]) / 2
     mid_hip_seen = seen[:, R_HIP] & seen[:, L_HIP]
-    torso = torch.where(
-        (mid_hip_seen & seen[:, NECK])[:, None], mid_hip - xy[:, NECK], body.new_tensor([0.0, 0.3])
-    )
+    torso = torch.where((mid_hip_seen & seen[:, NECK])[:, None], mid_hip - xy[:, NECK], body.new_tensor([0.0, 0.3]))
     shoulders = xy[:, L_SHOULDER] - xy[:, R_SHOULDER]
     shoulders_seen = seen[:, L_SHOULDER] & seen[:, R_SHOULDER]
     # A torso seen from above or bent forward is short on the image; shoulders keep the scale honest then.

@@ -100,9 +100,7 @@ class CAASite(nn.Module):
         b, h, _, d = q.shape
         tokens = region_tokens.tokens.to(q)
         k, v = (f(tokens).reshape(b, -1, h, d).transpose(1, 2) for f in (self.to_k, self.to_v))
-        return caa_attention(
-            q, k, v, region_tokens.regions, region_tokens.shown, prior=prior, kappa=self.kappa.to(q)
-        )
+        return caa_attention(q, k, v, region_tokens.regions, region_tokens.shown, prior=prior, kappa=self.kappa.to(q))
 
 
 class PerceiverAttention(nn.Module):

@@ -109,9 +109,7 @@ def match_channels(
     """
     b, h, n, d = q.shape
     s = d**-0.5 if scale is None else scale
-    with_regions = source.regions is not None and (
-        target_regions is not None or region_log_weight is not None
-    )
+    with_regions = source.regions is not None and (target_regions is not None or region_log_weight is not None)
     with_body = source.body is not None and target_body is not None
     if not (with_regions or with_body or source.log_w is not None):
         return None

@@ -141,8 +141,7 @@ _KINDS: dict[str, tuple[float, dict[str, float]]] = {
     ),
     "one hand on hip": (
         1.1,
-        {"l_down": 46, "l_roll": 78, "l_elbow": 96, "l_forward": -8, "tilt": 5, "r_flex": 10}
-        | {"r_knee": 18},
+        {"l_down": 46, "l_roll": 78, "l_elbow": 96, "l_forward": -8, "tilt": 5, "r_flex": 10} | {"r_knee": 18},
     ),
     "lean": (0.8, {"tilt": 18, "l_down": 62, "r_down": 50, "l_spread": 10, "r_spread": 10}),
     "bow": (0.5, {"bend": 30, "pitch": 12, "l_forward": 25, "r_forward": 25, "nod": -8}),
@@ -352,9 +351,7 @@ def _theta(parameters: Tensor, yaw: Tensor) -> Tensor:
     )
     matrix[:, 3], matrix[:, 6], matrix[:, 9] = spine, spine, spine
     head = (
-        _rotation(1, value["look"] * 0.5)
-        @ _rotation(2, -value["head_tilt"] * 0.5)
-        @ _rotation(0, value["nod"] * 0.5)
+        _rotation(1, value["look"] * 0.5) @ _rotation(2, -value["head_tilt"] * 0.5) @ _rotation(0, value["nod"] * 0.5)
     )
     matrix[:, 12], matrix[:, 15] = head, head
     flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0]))

@@ -95,9 +95,7 @@ def _take(values: Tensor, who: Tensor) -> Tensor:
     return values.t().contiguous().index_select(1, who)
 
 
-def _cloth(
-    pattern: Tensor, length: Tensor, turns: Tensor, period: Tensor, phase: Tensor, count: Tensor
-) -> Tensor:
+def _cloth(pattern: Tensor, length: Tensor, turns: Tensor, period: Tensor, phase: Tensor, count: Tensor) -> Tensor:
     """Where the second colour is: stripes (1), vertical stripes (2), checks (3), on a limb.
 
     length: metres along the limb. turns: angle around it in turns. count: around the limb.
@@ -135,9 +133,7 @@ def _logo(shape: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return form(x, y), form(x * 2.3, y * 2.3)
 
 
-def _paint_torso(
-    people: Identities, rest: Tensor, who: Tensor, p: Tensor, side: Tensor
-) -> tuple[Tensor, int]:
+def _paint_torso(people: Identities, rest: Tensor, who: Tensor, p: Tensor, side: Tensor) -> tuple[Tensor, int]:
     pattern = people.top_pattern[who]
     a, b = _take(people.top_a, who), _take(people.top_b, who)
     turns = torch.atan2(p[0] / 1.45, p[2]) / (2 * math.pi)
@@ -162,9 +158,7 @@ def _paint_torso(
     return colour, int(Region.UPPER)
 
 
-def _paint_sleeve(
-    people: Identities, rest: Tensor, who: Tensor, p: Tensor, side: Tensor
-) -> tuple[Tensor, int]:
+def _paint_sleeve(people: Identities, rest: Tensor, who: Tensor, p: Tensor, side: Tensor) -> tuple[Tensor, int]:
     pattern = people.top_pattern[who]
     a, b = _take(people.top_a, who), _take(people.top_b, who)
     shoulder = rest[:, 16][who]
@@ -214,9 +208,7 @@ def _head_point(people: Identities, rest: Tensor, who: Tensor, p: Tensor) -> Ten
     return (p - rest[:, 15].t()[:, who]) / (1 + 0.03 * people.beta[who, 8])
 
 
-def _paint_head(
-    people: Identities, rest: Tensor, who: Tensor, p: Tensor, side: Tensor
-) -> tuple[Tensor, Tensor]:
+def _paint_head(people: Identities, rest: Tensor, who: Tensor, p: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     x, y, z = _head_point(people, rest, who, p)
     skin, hair, eyes = (_take(c, who) for c in (people.skin, people.hair, people.eyes))
     front = z > 0.03

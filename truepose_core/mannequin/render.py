@@ -118,12 +118,8 @@ def _extent(parts: Parts, rotation: Tensor, position: Tensor) -> tuple[Tensor, T
     # Half width of an ellipsoid along a screen axis: the length of its scaled rotation row.
     half = (turn[..., :2, :] * parts.shape[:, :, None, :]).norm(dim=-1)
     worn = (parts.radius.amax(-1) > 0)[..., None]
-    low = torch.minimum(
-        start[..., :2] - half * parts.radius[..., :1], end[..., :2] - half * parts.radius[..., 1:]
-    )
-    high = torch.maximum(
-        start[..., :2] + half * parts.radius[..., :1], end[..., :2] + half * parts.radius[..., 1:]
-    )
+    low = torch.minimum(start[..., :2] - half * parts.radius[..., :1], end[..., :2] - half * parts.radius[..., 1:])
+    high = torch.maximum(start[..., :2] + half * parts.radius[..., :1], end[..., :2] + half * parts.radius[..., 1:])
     low = torch.where(worn, low, torch.full_like(low, 1e3)).amin(1)
     high = torch.where(worn, high, torch.full_like(high, -1e3)).amax(1)
     return low, high, start, end
@@ -141,9 +137,7 @@ def _scene(people: Identities, poses: BodyPoses, aspect: float) -> _Scene:
     fit = torch.minimum(0.94 / size[:, 1], 0.94 * aspect / size[:, 0])
     scale = poses.camera[:, 0] * torch.minimum(fit, 0.94 * 1.15 / standing)
     centre = (low + high) / 2 * scale[:, None]
-    free = (torch.stack([torch.full_like(scale, aspect), torch.ones_like(scale)], -1) / 2) - (
-        size * scale[:, None] / 2
-    )
+    free = (torch.stack([torch.full_like(scale, aspect), torch.ones_like(scale)], -1) / 2) - (size * scale[:, None] / 2)
     shift = poses.camera[:, 1:] * free.clamp_min(0)
     camera = torch.stack([scale, shift[:, 0] - centre[:, 0], shift[:, 1] + centre[:, 1]], -1)
     return _Scene(parts, people, rest, rotation, position, camera)
@@ -385,9 +379,7 @@ def trace(people: Identities, poses: BodyPoses, grid: _Grid) -> tuple[Surface, _
         slope.append((local - values[12 + axis] - s * values[15 + axis]) * values[18 + axis])
         rest.append(local + values[21 + axis])
     slope = soften(people, scene.rest, parts, person, primitive, rest, slope)
-    normal = torch.stack(
-        [m[3 * a] * slope[0] + m[3 * a + 1] * slope[1] + m[3 * a + 2] * slope[2] for a in range(3)]
-    )
+    normal = torch.stack([m[3 * a] * slope[0] + m[3 * a + 1] * slope[1] + m[3 * a + 2] * slope[2] for a in range(3)])
     normal = normal * (normal * normal).sum(0).clamp_min(1e-20).rsqrt()
     point = torch.stack(rest)
     albedo, label = paint(people, scene.rest, parts, person, primitive, point)

@@ -78,9 +78,7 @@ class TruePoseConfig:
             raw["size"] = tuple(raw["size"])
             return cls(**raw)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TruePoseError(
-                f"the model's metadata cannot be read as a TruePose configuration: {error}"
-            ) from error
+            raise TruePoseError(f"the model's metadata cannot be read as a TruePose configuration: {error}") from error
 
 
 SD_SCHEDULE = {
@@ -92,9 +90,7 @@ SD_SCHEDULE = {
 """Stable Diffusion 1.5's noise schedule (its scheduler_config.json)."""
 
 
-def mannequin_config(
-    fusion: str = "hpfa", caa: bool = True, widths: tuple[int, ...] = (64, 96)
-) -> TruePoseConfig:
+def mannequin_config(fusion: str = "hpfa", caa: bool = True, widths: tuple[int, ...] = (64, 96)) -> TruePoseConfig:
     """The bundled model: 4x4 pixel patches of a 64x48 image, x0 prediction, no VAE."""
     unet = {
         "sample_size": (16, 12),

@@ -124,6 +124,7 @@ class TruePoseModel(nn.Module):
         self.pose_encoder = ControlNetConditioningEmbedding(
             self.target_net.config.block_out_channels[0], 3, config.pose_widths
         )
+        self.controlnet: nn.Module | None = None
         self.hpfa: nn.ModuleDict | None = None
         if config.fusion == "hpfa":
             self.hpfa = nn.ModuleDict(
@@ -149,9 +150,7 @@ class TruePoseModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.target_net.dtype
 
-    def _extra_conditions(
-        self, like: Tensor, size: tuple[int, int], pooled: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _extra_conditions(self, like: Tensor, size: tuple[int, int], pooled: Tensor | None) -> dict[str, Tensor]:
         """SDXL's micro-conditioning (original size, crop, target size; pooled text or zeros); {} for other nets."""
         net = self.target_net.config
         if net.addition_embed_type != "text_time":
@@ -201,8 +200,8 @@ class TruePoseModel(nn.Module):
         keep: Tensor | None = None,
         kv: dict | None = None,
         omega: Tensor | None = None,
-        beta: float = 0.0,
-        gamma: float = 0.0,
+        beta: float | None = None,
+        gamma: float | None = None,
         strength: float = 1.0,
         alignments: dict[str, Tensor] | None = None,
     ) -> TargetPass:
@@ -255,7 +254,10 @@ class TruePoseModel(nn.Module):
         )
 
     def encode_pose(self, pose_map: Tensor) -> Tensor:
-        """Skeleton picture [B, 3, H, W] in [0, 1] -> what is added after TargetNet's conv_in."""
+        """Skeleton picture [B, 3, H, W] in [0, 1] -> what `denoise` takes as pose: the embedding that is added after
+        TargetNet's conv_in or, where a ControlNet carries the pose, the picture itself."""
+        if self.controlnet is not None:
+            return pose_map.to(self.dtype)
         return self.pose_encoder(pose_map.to(self.dtype))
 
     def denoise(
@@ -269,13 +271,20 @@ class TruePoseModel(nn.Module):
     ) -> Tensor:
         """TargetNet's prediction for noisy latents [B, C, h, w] at timesteps [B]. pose: from `encode_pose`, or None."""
         size = (latent.shape[-2] * self.codec.patch, latent.shape[-1] * self.codec.patch)
+        text, extra = self._context(context, latent), self._extra_conditions(latent, size, pooled)
+        residuals: dict[str, Any] = {}
+        if self.controlnet is not None and pose is not None:
+            down, middle = self.controlnet(latent, timestep, text, pose, added_cond_kwargs=extra, return_dict=False)
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+            pose = None
         with _pose_added(pose):
             return self.target_net(
                 latent,
                 timestep,
-                self._context(context, latent),
+                text,
                 cross_attention_kwargs={"truepose": call},
-                added_cond_kwargs=self._extra_conditions(latent, size, pooled),
+                added_cond_kwargs=extra,
+                **residuals,
             ).sample
 
     def forward(

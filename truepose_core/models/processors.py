@@ -59,7 +59,8 @@ class TargetPass:
     """A forward pass of TargetNet.
 
     source: what HPFA reads, or None. omega: region weights [7], or None for all ones. keep: [B] bool, rows that see the
-    source at all (None: all of them). beta, gamma: training-free values, used where the model has none of its own.
+    source at all (None: all of them). beta, gamma: one value for every head, or None for what the model learned (0
+    where it learned none).
     target_regions: P per token count, and body coordinates likewise (see `rows`). kv: K and V of the source
     per site, kept between passes whose weights do not change. alignments: site -> P [B, N, 7], filled when not None.
     """
@@ -68,8 +69,8 @@ class TargetPass:
     source: SourceFeatures | None = None
     omega: Tensor | None = None
     keep: Tensor | None = None
-    beta: float = 0.0
-    gamma: float = 0.0
+    beta: float | None = None
+    gamma: float | None = None
     strength: float = 1.0
     prior: dict[int, Tensor] = field(default_factory=dict)
     given: bool = False
@@ -157,17 +158,13 @@ class SelfAttention:
             return q, k, v
         batch, n = x.shape[:2]
         source = _for_rows(source, batch, call)
-        beta, gamma = call.beta, call.gamma
-        log_weight = None
-        if self.hpfa is not None:
-            beta, gamma = self.hpfa.beta.clamp(min=0), self.hpfa.gamma.clamp(min=0)
-            log_weight = self.hpfa.region_log_weight
-        rows = self._target_regions(attn, x, call)
-        body = call.body.get(n)
-        if self.hpfa is None and call.gamma == 0:
-            body = None
-        if self.hpfa is None and call.beta == 0:
-            rows = None
+        learned = self.hpfa
+        beta = learned.beta.clamp(min=0) if call.beta is None and learned is not None else call.beta or 0.0
+        gamma = learned.gamma.clamp(min=0) if call.gamma is None and learned is not None else call.gamma or 0.0
+        log_weight = learned.region_log_weight if learned is not None else None
+        # A match of strength 0 costs no channels.
+        rows = None if isinstance(beta, float) and beta == 0 else self._target_regions(attn, x, call)
+        body = None if isinstance(gamma, float) and gamma == 0 else call.body.get(n)
         channels = match_channels(
             source,
             q,

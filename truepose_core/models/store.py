@@ -108,9 +108,7 @@ def load_model(path: str | Path = BUNDLED, *, verify: bool = False) -> TruePoseM
             f"expected a {ARCHITECTURE} model file, or a folder in diffusers format"
         )
     if verify and weights_hash(tensors) != metadata.get("sha256"):
-        raise TruePoseError(
-            f"{path}: the weights do not match the hash in their metadata; the file was changed"
-        )
+        raise TruePoseError(f"{path}: the weights do not match the hash in their metadata; the file was changed")
     model = TruePoseModel(TruePoseConfig.from_json(metadata["config"]))
     load_strict(model, tensors, str(path), ignore=("codec.",))
     return model.eval()
@@ -123,11 +121,7 @@ def load_strict(
 
     ignore: prefixes of the module's weights that the file does not carry (the VAE).
     """
-    own = (
-        {k: v for k, v in module.state_dict().items() if not k.startswith(ignore)}
-        if ignore
-        else module.state_dict()
-    )
+    own = {k: v for k, v in module.state_dict().items() if not k.startswith(ignore)} if ignore else module.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     shapes = [
         f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"

@@ -115,9 +115,7 @@ class HumanParsing:
             name = to_region(key).name.lower()
             mask = mask[None] if mask.dim() == 2 else mask
             if mask.dim() != 3:
-                raise TruePoseError(
-                    f"the mask of {name!r} is {tuple(mask.shape)}; expected [B, H, W] or [H, W]"
-                )
+                raise TruePoseError(f"the mask of {name!r} is {tuple(mask.shape)}; expected [B, H, W] or [H, W]")
             if name in named:
                 raise TruePoseError(f"region {name!r} is given twice")
             named[name] = mask.float()
@@ -131,14 +129,14 @@ class HumanParsing:
                     f"{first!r} is {size[1]}x{size[0]} (width x height); make them one size"
                 )
             if mask.shape[0] not in (1, batch):
-                raise TruePoseError(
-                    f"the mask of {name!r} has a batch of {mask.shape[0]}; expected 1 or {batch}"
-                )
-            if mask.numel() == 0 or not (mask.amin() >= 0 and mask.amax() <= 1):
+                raise TruePoseError(f"the mask of {name!r} has a batch of {mask.shape[0]}; expected 1 or {batch}")
+            slack = _TOLERANCE[torch.float32]  # what resizing a mask may add
+            if mask.numel() == 0 or not (mask.amin() >= -slack and mask.amax() <= 1 + slack):
                 raise TruePoseError(f"the mask of {name!r} has values outside 0..1")
         rows = named[first].new_zeros(batch, N_REGIONS, *size)
         rows[:, Region.BACKGROUND] = 1
         for name, mask in named.items():
+            mask = mask.clamp(0, 1)
             rows *= 1 - mask[:, None]
             rows[:, to_region(name)] += mask
         return cls(rows)
@@ -160,23 +158,16 @@ class HumanParsing:
         if isinstance(image, Tensor):
             what, (labels, colors) = "the label map", _label_pixels(image)
         else:
-            what, (labels, colors) = (
-                f"label map {Path(image)}",
-                _read_label_pixels(Path(image)),
-            )
+            what, (labels, colors) = f"label map {Path(image)}", _read_label_pixels(Path(image))
         expected = f"expected labels 0 to {len(regions) - 1}"
         if colors is not None:
-            known = torch.tensor(REGION_COLORS, device=colors.device)
-            distance = (colors[:, None] - known[None, :, :, None, None]).abs().amax(2)
-            nearest, region_labels = distance.min(1)
+            nearest, region_labels = _nearest_region(colors)
             if int(nearest.max()) <= _COLOR_TOLERANCE and bool(region_labels.any()):
                 return cls.from_labels(region_labels)
         if labels is not None and int(labels.min()) >= 0 and int(labels.max()) < len(regions):
             return cls.from_label_map(labels, regions)
         if colors is None:
-            raise TruePoseError(
-                f"{what} has values from {int(labels.min())} to {int(labels.max())}; {expected}"
-            )
+            raise TruePoseError(f"{what} has values from {int(labels.min())} to {int(labels.max())}; {expected}")
         far = nearest > _COLOR_TOLERANCE
         b, y, x = (int(i) for i in far.nonzero()[0])
         names = ", ".join(f"{name} {color}" for name, color in zip(REGION_NAMES, REGION_COLORS, strict=True))
@@ -278,13 +269,27 @@ def _label_table(table: Sequence[Region] | str) -> Sequence[Region]:
     return LABEL_TABLES[table.lower()]
 
 
+def _nearest_region(colors: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest channel difference to the nearest region colour, and that region: [B, H, W].
+
+    colors: int16 [B, 3, H, W]. One region at a time: photographs have many pixels.
+    """
+    nearest = colors.new_full(colors[:, 0].shape, 256)
+    labels = torch.zeros_like(nearest)
+    for region, color in zip(Region, REGION_COLORS, strict=True):
+        distance = (colors - colors.new_tensor(color)[:, None, None]).abs().amax(1)
+        labels[distance < nearest] = int(region)
+        nearest = torch.minimum(nearest, distance)
+    return nearest, labels
+
+
 def _label_pixels(image: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A label image as (labels [B, H, W] or None, RGB 0..255 [B, 3, H, W] or None)."""
+    """A label image as (labels [B, H, W] or None, RGB 0..255 int16 [B, 3, H, W] or None)."""
     if image.dim() != 4 or image.shape[1] not in (1, 3) or not image.is_floating_point():
         raise TruePoseError(
             f"the label map is {image.dtype} {tuple(image.shape)}; expected float [B, 1 or 3, H, W] in 0..1"
         )
-    values = (image * 255).round().clamp(0, 255).long()
+    values = (image * 255).round().clamp(0, 255).to(torch.int16)
     grey = bool((values == values[:, :1]).all())
     return values[:, 0] if grey else None, values if image.shape[1] == 3 else None
 
@@ -298,7 +303,7 @@ def _read_label_pixels(path: Path) -> tuple[Tensor | None, Tensor | None]:
     image = decode(path)
     if image.mode == "L" or image.mode.startswith("I"):
         return torch.from_numpy(np.array(image, dtype=np.int64))[None], None
-    rgb = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.int64))
+    rgb = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.int16))
     rgb = rgb.permute(2, 0, 1)[None]
     # Parsers write palette files whose indices are the labels.
     if image.mode == "P":

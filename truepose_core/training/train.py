@@ -97,9 +97,7 @@ def draw_timesteps(count: int, train_steps: int, power: float, generator: torch.
     return (u * train_steps).long().clamp(max=train_steps - 1)
 
 
-def draw_dropout(
-    count: int, drop_source: float, drop_all: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_dropout(count: int, drop_source: float, drop_all: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(keep_source, keep_pose), each [count] bool. The pose is only ever dropped together with the source."""
     u = torch.rand(count, generator=generator)
     return u >= drop_source + drop_all, u >= drop_all
@@ -112,9 +110,7 @@ def region_loss_weight(masks: Tensor) -> Tensor:
     return weight / weight.mean((1, 2, 3), keepdim=True)
 
 
-def alignment_loss(
-    alignments: dict[str, Tensor], target: Any, latent_size: tuple[int, int], keep: Tensor
-) -> Tensor:
+def alignment_loss(alignments: dict[str, Tensor], target: Any, latent_size: tuple[int, int], keep: Tensor) -> Tensor:
     """Mean cross-entropy of the alignment maps with the target's region rows, over the rows that see the source."""
     from truepose_core.features import grid_of
 
@@ -136,9 +132,7 @@ class Trainer:
 
         self.config, self.out, self.quiet = config, Path(out), quiet
         self.out.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate
-        )
+        self.accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate)
         torch.manual_seed(config.seed)
         model_config = config.model
         self.model = TruePoseModel(model_config)
@@ -184,9 +178,7 @@ class Trainer:
         steps = draw_timesteps(count, scheduler.config.num_train_timesteps, c.timestep_power, generator).to(
             clean.device
         )
-        keep_source, keep_pose = (
-            x.to(clean.device) for x in draw_dropout(count, c.drop_source, c.drop_all, generator)
-        )
+        keep_source, keep_pose = (x.to(clean.device) for x in draw_dropout(count, c.drop_source, c.drop_all, generator))
         noisy = scheduler.add_noise(clean, noise, steps)
         pose_map = draw_skeleton(batch.target_body, *batch.target_image.shape[-2:])
         prediction, alignments = self.net(
@@ -322,9 +314,7 @@ class Trainer:
         folder = self._checkpoint
         folder.mkdir(exist_ok=True)
         parameters = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        tensors = {
-            f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()
-        }
+        tensors = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
         for name, average in zip(parameters, self.ema.shadow_params, strict=True):
             tensors[f"ema.{name}"] = average.detach().cpu().contiguous().clone()
         state = self.optimizer.state_dict()["state"]
@@ -338,9 +328,7 @@ class Trainer:
             "config": asdict(self.config),
         }
         # One file holds all, so that a checkpoint is either the old one or the new one.
-        atomic_write(
-            folder / "state.safetensors", save(tensors, {"story": json.dumps(story)}), overwrite=True
-        )
+        atomic_write(folder / "state.safetensors", save(tensors, {"story": json.dumps(story)}), overwrite=True)
 
     def _resume(self) -> None:
         from truepose_core.models.store import _open
@@ -372,9 +360,7 @@ class Trainer:
         self.ema.optimization_step = story["ema_steps"]
         state: dict[int, dict[str, Tensor]] = {}
         for index, (name, _) in enumerate(named):
-            keys = {
-                k.split(".", 1)[0]: v for k, v in part("optimizer.").items() if k.split(".", 1)[1] == name
-            }
+            keys = {k.split(".", 1)[0]: v for k, v in part("optimizer.").items() if k.split(".", 1)[1] == name}
             if keys:
                 state[index] = keys
         if state:

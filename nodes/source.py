@@ -1,0 +1,276 @@
+"""SourceNet Encode and Apply HPFA: read the source person once, and let any sampler look at it."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+from torch.nn.functional import pad
+
+from truepose_core.alignment.skeleton_prior import region_prior
+from truepose_core.errors import TruePoseError
+from truepose_core.parsing import HumanParsing
+from truepose_core.pose import body_tensor, read_pose
+from truepose_core.regions import REGION_NAMES, Region
+
+from . import host
+from .schema import Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core
+
+
+def bodies(keypoints: object, what: str) -> Tensor:
+    """POSE_KEYPOINT -> [B, 18, 3], the largest person of every frame."""
+    people = []
+    for number, pose in enumerate(read_pose(keypoints)):
+        if not any(person.is_visible for person in pose.people):
+            raise TruePoseError(f"{what} shows nobody in frame {number}; expected a person with visible keypoints")
+        people.append(pose.people[pose.largest()])
+    return body_tensor(people)
+
+
+def padded_to(
+    image: Tensor, parsing: HumanParsing, body: Tensor | None, multiple: int
+) -> tuple[Tensor, HumanParsing, Tensor | None]:
+    """Image [B, 3, H, W], its parsing and keypoints with right and bottom edges repeated up to a multiple of a latent cell.
+
+    The host's VAE would crop instead, and the parsing would slide off the picture.
+    """
+    height, width = image.shape[2:]
+    down, right = -height % multiple, -width % multiple
+    if not down and not right:
+        return image, parsing, body
+    edges = (0, right, 0, down)
+    if body is not None:
+        body = body * body.new_tensor([width / (width + right), height / (height + down), 1.0])
+    masks = pad(parsing.masks, edges, mode="replicate")
+    return pad(image, edges, mode="replicate"), HumanParsing(masks), body
+
+
+class SourceNetEncode(io.ComfyNode):
+    """IMAGE -> TRUEPOSE_SOURCE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TruePoseSourceNetEncode",
+            display_name="SourceNet Encode",
+            description="Reads the source person once, at every self-attention of the model.",
+            search_aliases=["reference", "source person", "AnimateAnyone", "Leffa"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that reads the source. Without a trained TruePose model, the checkpoint you sample with.",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of that model."),
+                io.Image.Input("image", tooltip="The source person. Best at the size of the picture you want to make."),
+                Parsing.Input("parsing", tooltip="Which region of the person each pixel of the image shows."),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="A prompt that describes the source. Only its first part is used. Not connected: an empty prompt of zeros.",
+                ),
+                PoseKeypoint.Input(
+                    "pose",
+                    optional=True,
+                    tooltip="Keypoints of the source person. Needed for body match and for carrying the parsing to a target pose.",
+                ),
+            ],
+            outputs=[
+                Source.Output(
+                    display_name="source",
+                    tooltip="What the model knows of the source person. Connect it to Apply HPFA.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        vae: object,
+        image: Tensor,
+        parsing: HumanParsing,
+        conditioning: list | None = None,
+        pose: object = None,
+    ) -> io.NodeOutput:
+        check_parsing(parsing, image, "the parsing")
+        host.unet_of(model, "the model")
+        batch = image.shape[0]
+        body = None
+        if pose is not None:
+            body = bodies(pose, "the source pose")
+            if body.shape[0] not in (1, batch):
+                raise TruePoseError(f"there are {body.shape[0]} source poses and {batch} images; expected 1 or {batch}")
+            body = body.expand(batch, -1, -1)
+        parsing = joined_batch(parsing.to("cpu"), batch)
+        picture, parsing, body = padded_to(to_core(image, "the image"), parsing, body, host.cell_size(vae))
+        latent = vae.encode(picture.movedim(1, -1))
+        return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body))
+
+
+REGION_HINTS = {
+    Region.BACKGROUND: "0 keeps the source's background out of the picture.",
+    Region.FACE: "Keeps the face.",
+    Region.HAIR: "Keeps the hair.",
+    Region.UPPER: "Keeps the top, its pattern included.",
+    Region.LOWER: "Keeps trousers or skirt.",
+    Region.SKIN: "Keeps the skin of arms and legs.",
+    Region.ACCESSORY: "Keeps shoes, bag, hat, belt, scarf and glasses.",
+}
+
+
+class ApplyHPFA(io.ComfyNode):
+    """MODEL, TRUEPOSE_SOURCE -> MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        weights = [
+            io.Float.Input(
+                name,
+                default=0.0 if region == Region.BACKGROUND else 1.0,
+                min=0.0,
+                max=1.0,
+                step=0.05,
+                tooltip=f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens are not read at all, which also saves time.",
+            )
+            for region, name in zip(Region, REGION_NAMES, strict=True)
+        ]
+        return schema(
+            node_id="TruePoseApplyHPFA",
+            display_name="Apply HPFA",
+            description="Lets the model look at the source person while it samples. Works with any sampler.",
+            search_aliases=["human parsing fusion attention", "reference attention"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that makes the picture, of the same family as the one that read the source.",
+                ),
+                Source.Input("source", tooltip="From SourceNet Encode. Apply the node twice for two sources."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much attention the source gets. 0 is exactly the unpatched model.",
+                ),
+                *weights,
+                io.Float.Input(
+                    "region_match",
+                    default=2.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.1,
+                    tooltip="How strongly a place in the target looks at the same region of the source (beta). Needs a target parsing, or a target pose and a source pose.",
+                ),
+                known(
+                    io.Float.Input,
+                    id="body_match",
+                    default=0.0,
+                    min=0.0,
+                    max=64.0,
+                    step=0.5,
+                    advanced=True,
+                    tooltip="How strongly a place looks at the same place on the source's body (gamma). Needs a source pose and a target pose.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the sampling after which the source is seen.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the sampling until which the source is seen.",
+                ),
+                known(
+                    io.Combo.Input,
+                    id="blocks",
+                    options=list(host.BLOCKS),
+                    default="all",
+                    advanced=True,
+                    tooltip="Which parts of the UNet see the source. The decoder alone keeps texture and costs less.",
+                ),
+                known(
+                    io.Combo.Input,
+                    id="unconditional",
+                    options=["drop", "keep"],
+                    default="drop",
+                    tooltip="Whether the negative prompt sees the source too. drop: guidance also strengthens the source, and it is faster.",
+                ),
+                Parsing.Input(
+                    "target_parsing", optional=True, tooltip="Where the regions shall be in the new picture."
+                ),
+                PoseKeypoint.Input(
+                    "target_pose",
+                    optional=True,
+                    tooltip="The new pose. With a source pose it tells where the regions will be.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the source. Connect it to any sampler.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        source: host.HostFeatures,
+        strength: float = 1.0,
+        background: float = 0.0,
+        face: float = 1.0,
+        hair: float = 1.0,
+        upper: float = 1.0,
+        lower: float = 1.0,
+        skin: float = 1.0,
+        accessory: float = 1.0,
+        region_match: float = 2.0,
+        body_match: float = 0.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        blocks: str = "all",
+        unconditional: str = "drop",
+        target_parsing: HumanParsing | None = None,
+        target_pose: object = None,
+    ) -> io.NodeOutput:
+        if start_percent > end_percent:
+            raise TruePoseError(
+                f"start_percent {start_percent:g} is after end_percent {end_percent:g}; expected start <= end"
+            )
+        target_body = None if target_pose is None else bodies(target_pose, "the target pose")
+        if target_parsing is None and target_body is not None and source.body is not None and region_match > 0:
+            target_parsing = carried_parsing(source, target_body)
+        applied = host.AppliedSource(
+            source=source,
+            omega=(background, face, hair, upper, lower, skin, accessory),
+            beta=region_match,
+            gamma=body_match,
+            strength=strength,
+            sigmas=host.sigma_window(model, start_percent, end_percent),
+            blocks=blocks,
+            keep_unconditional=unconditional == "keep",
+            target=None if target_parsing is None else target_parsing.to("cpu"),
+            target_body=target_body,
+        )
+        return io.NodeOutput(host.with_hpfa(model, applied))
+
+
+def carried_parsing(source: host.HostFeatures, target_body: Tensor) -> HumanParsing:
+    """The source's parsing carried along the skeleton to the target poses [T, 18, 3]."""
+    count, batch = target_body.shape[0], source.batch
+    if count > 1 and batch > 1 and count != batch:
+        raise TruePoseError(
+            f"there are {count} target poses and {batch} source images; expected as many, or 1 of either"
+        )
+    total = max(count, batch)
+    parsing = joined_batch(source.parsing, total)
+    body = source.body.expand(total, -1, -1)
+    return region_prior(parsing, body, target_body.expand(total, -1, -1), *parsing.size)
+
+
+NODES = [SourceNetEncode, ApplyHPFA]

@@ -1,0 +1,106 @@
+"""Tiny random models in the host's own classes. Imports the host: only for code that runs inside it."""
+
+from __future__ import annotations
+
+import torch
+
+WIDTH, CONTEXT, HEADS = 32, 48, 2
+
+
+def _fill(module: torch.nn.Module, seed: int) -> None:
+    """Random weights of a sensible size: the host's layers come with uninitialised memory."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        if parameter.dim() == 1:
+            centre = 1.0 if name.endswith("weight") else 0.0
+            value = centre + 0.05 * noise
+        else:
+            value = noise / parameter[0].numel() ** 0.5
+            if "to_q" in name or "to_k" in name:
+                value = 1.5 * value  # sharp enough attention that a wrong key shows
+        parameter.data.copy_(value)
+
+
+def unet_config(**changes: object) -> dict:
+    """The shape of SD1.5's UNet at a tenth of its width."""
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": WIDTH,
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": False,
+        "context_dim": CONTEXT,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+        "legacy": False,
+        "dtype": torch.float32,
+    }
+    return {**config, **changes}
+
+
+def make_model(seed: int = 0, family: str = "SD15", **changes: object):
+    """A ModelPatcher: "SD15" (also with in_channels=9 for inpainting), "SD20" or "SDXL" (shape only)."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    if family == "SDXL":
+        changes = {
+            "channel_mult": [1, 2, 4],
+            "num_res_blocks": [2, 2, 2],
+            "transformer_depth": [0, 0, 2, 2, 3, 3],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+            "transformer_depth_middle": 3,
+            "use_linear_in_transformer": True,
+            "adm_in_channels": 2816,
+            "num_classes": "sequential",
+            **changes,
+        }
+    config = getattr(comfy.supported_models, family)(unet_config(**changes))
+    # The class writes its full-size heads over the ones asked for.
+    config.unet_config["num_heads"] = HEADS
+    config.unet_config["num_head_channels"] = -1
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    _fill(model.diffusion_model, seed)
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def make_vae(seed: int = 0):
+    """A VAE with eightfold reduction."""
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    sizes = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 64,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    config = {"params": {"ddconfig": sizes, "embed_dim": 4}}
+    first = AutoencoderKL(**config["params"])
+    _fill(first, seed)
+    return comfy.sd.VAE(sd=first.state_dict(), config=config)
+
+
+def make_conditioning(seed: int = 0, tokens: int = 7, width: int = CONTEXT) -> list:
+    """CONDITIONING of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn((1, 1280), generator=generator)
+    return [[torch.randn((1, tokens, width), generator=generator), {"pooled_output": pooled}]]

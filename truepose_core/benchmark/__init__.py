@@ -1,0 +1,52 @@
+"""`truepose benchmark`: what HPFA costs, as ratios measured side by side in one process.
+
+* steps: a step of the UNet with HPFA over the same step without, for all, 40 % and 25 % of the source's tokens;
+* attention: HPFA's spare channels against the same formula with an explicit mask, in time and peak memory;
+* kv: projecting the source's K and V at every step against keeping them;
+* caa: a step with CAA's decoupled cross-attention over a plain step.
+
+Counted numbers are multiply-adds times two, by torch's FlopCounterMode (`count`). Timed numbers are medians of
+interleaved repeats (`timing`): CPU time of one thread in float32, or CUDA events in float16. On a GPU the whole UNet
+runs; on a CPU the step is put together from its parts (`parts`), so that the benchmark ends within minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `truepose benchmark`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.add_argument(
+        "--quick", action="store_true", help="one repeat, fewer heads and shapes: rough times in under a minute"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="how often each thing is timed (default: 3 on a CPU, 10 on a GPU)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the tables, and write `args.json` if given. Returns what is in the file.
+
+    Raises TruePoseError, before any work, for a file that cannot be written, an unknown or missing device, or fewer
+    than one repeat.
+    """
+    from truepose_core.benchmark.measure import measure
+    from truepose_core.benchmark.report import tables
+    from truepose_core.benchmark.shapes import NETS
+    from truepose_core.images import atomic_write, check_output
+
+    overwrite = getattr(args, "overwrite", False)
+    if args.json is not None:
+        check_output(args.json, overwrite, (".json",))
+    result = measure(NETS, quick=args.quick, device=args.device, repeats=args.repeats)
+    print(tables(result))
+    if args.json is not None:
+        atomic_write(args.json, json.dumps(result, indent=2) + "\n", overwrite)
+    return result

@@ -1,0 +1,150 @@
+"""The rows of the table: each makes target pictures from sources and target poses.
+
+Three need no network: "copy" is the source picture, "regions" the source's mean colour of each region painted on
+the TRUE target parsing (what a model without patterns can reach at best), "warp" the skeleton prior. The others are
+models: "pose", "concat", "HPFA" and "HPFA+CAA" were trained with equal data, budget and seed; "bundled" is the model
+that ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from truepose_core.alignment.skeleton_prior import region_colors, warp
+from truepose_core.errors import TruePoseError
+from truepose_core.parsing import HumanParsing
+
+if TYPE_CHECKING:
+    from truepose_core.mannequin import PairBatch
+
+BUNDLED_ROWS = {
+    "pose": "row-pose",
+    "concat": "row-concat",
+    "HPFA": "row-hpfa",
+    "HPFA+CAA": "row-hpfa-caa",
+    "bundled": "mannequin",
+}
+"""Learned row -> name of the model that ships with the package (`models.store.bundled_path`)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. draw: pairs -> pictures [B, 3, H, W] in [0, 1] on the CPU; it sees of the targets what a user
+    gives: keypoints (and, for "regions" alone, the parsing). size: (height, width) the model works at, None without
+    a model. about: what the report tells of the model."""
+
+    name: str
+    draw: Callable[[PairBatch], Tensor]
+    size: tuple[int, int] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def copy_source(pairs: PairBatch) -> Tensor:
+    """The source picture as it is."""
+    return pairs.source.image
+
+
+def paint_regions(pairs: PairBatch) -> Tensor:
+    """The source's mean colour of each region on the true target parsing; the person's mean for regions it hides."""
+    colors, _ = region_colors(pairs.source.image, HumanParsing(pairs.source.parsing))
+    return torch.einsum("brc,brhw->bchw", colors, pairs.target.parsing).clamp(0, 1)
+
+
+def warp_source(pairs: PairBatch) -> Tensor:
+    """The source carried along the skeleton, `alignment.skeleton_prior.warp`. Background is the source's mean."""
+    source = pairs.source
+    return warp(source.image, HumanParsing(source.parsing), source.keypoints, pairs.target.keypoints)
+
+
+BASELINES: dict[str, Callable[[PairBatch], Tensor]] = {
+    "copy": copy_source,
+    "regions": paint_regions,
+    "warp": warp_source,
+}
+ROWS = (*BASELINES, *BUNDLED_ROWS)
+"""All rows, in the table's order."""
+
+
+def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.device | str = "cpu") -> Row:
+    """The row of a model file: `TruePosePipeline` with the model's own scheduler, `steps` steps and no guidance.
+
+    seed: pair i starts from the noise of seed + i, whatever batch it is in. Raises TruePoseError, naming the row, when
+    the file is missing or is not a model.
+    """
+    from truepose_core.models.store import load_model, read_metadata
+    from truepose_core.pipeline import TruePosePipeline
+
+    try:
+        metadata = read_metadata(path)
+        model = load_model(path)
+    except TruePoseError as error:
+        raise TruePoseError(f"row {name!r}: {error}") from error
+    pipe = TruePosePipeline.from_model(model).to(device)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(pairs: PairBatch) -> Tensor:
+        source = pairs.source
+        return pipe(
+            source.image,
+            pairs.target.keypoints,
+            HumanParsing(source.parsing),
+            source.keypoints,
+            num_inference_steps=steps,
+            seed=[seed + i for i in pairs.identity.tolist()],
+        ).images
+
+    height, width = model.config.size
+    about = {
+        "file": Path(path).name,
+        "sha256": metadata.get("sha256"),
+        "size": f"{width}x{height}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return Row(name, draw, (height, width), about)
+
+
+def make_rows(
+    names: Iterable[str] | None,
+    models: Mapping[str, str | Path] | None = None,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> list[Row]:
+    """The rows of these names (None: all of `ROWS`, then the further ones of `models`), with their models loaded.
+
+    models: row -> model file. A name of `BUNDLED_ROWS` stands for another file than the one that ships; any other name
+    is a row of its own. Raises TruePoseError for an unknown row, a row named twice, and, naming it, a row whose file
+    is missing.
+    """
+    from truepose_core.models.store import bundled_path
+
+    models = dict(models or {})
+    taken = set(models) & set(BASELINES)
+    if taken:
+        raise TruePoseError(f"a model is given for row {min(taken)!r}, which has no model; choose another name")
+    known = [*ROWS, *(name for name in models if name not in ROWS)]
+    names = known if names is None else list(names)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len(set(names)) < len(names):
+        what = f"unknown row {unknown[0]!r}" if unknown else f"rows are {', '.join(names) or 'none'}"
+        raise TruePoseError(f"{what}; expected some of {', '.join(known)}, each once")
+    rows = []
+    for name in names:
+        if name in BASELINES:
+            rows.append(Row(name, BASELINES[name]))
+            continue
+        path = models.get(name)
+        if path is None:
+            try:
+                path = bundled_path(BUNDLED_ROWS[name])
+            except TruePoseError as error:
+                raise TruePoseError(f"row {name!r}: {error}; or leave the row out") from error
+        rows.append(model_row(name, path, steps, seed, device))
+    return rows
