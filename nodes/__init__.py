@@ -1,4 +1,7 @@
-"""ComfyUI nodes: a thin storey above truepose_core. A node is a schema and a call; only host.py knows the host's inside."""
+"""ComfyUI nodes, a thin storey above truepose_core: a node is a schema and a call.
+
+Only host.py knows the host's inside.
+"""
 
 from __future__ import annotations
 

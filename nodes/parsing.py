@@ -38,7 +38,9 @@ def parsing_outputs() -> list[io.Output]:
         Parsing.Output(display_name="parsing", tooltip="Which region of the person each pixel shows."),
         io.Image.Output(
             display_name="preview",
-            tooltip="The regions in colours: face red, hair pink, upper blue, lower green, skin orange, accessory yellow.",
+            tooltip=(
+                "The regions in colours: face red, hair pink, upper blue, lower green, skin orange, accessory yellow."
+            ),
         ),
     ]
 
@@ -51,7 +53,10 @@ class ParsingFromMasks(io.ComfyNode):
         return schema(
             node_id="TruePoseParsingFromMasks",
             display_name="Parsing from Masks",
-            description="Makes a human parsing from masks of any origin: painted, SAM, RMBG, Florence. What has no mask is background.",
+            description=(
+                "Makes a human parsing from masks of any origin: painted, SAM, RMBG, Florence. What has no mask is "
+                "background."
+            ),
             search_aliases=["segmentation", "human parsing", "masks to parsing"],
             inputs=[
                 io.Mask.Input(REGION_NAMES[region], optional=True, tooltip=MASK_HINTS[region])
@@ -91,7 +96,10 @@ class ParsingFromLabels(io.ComfyNode):
         return schema(
             node_id="TruePoseParsingFromLabels",
             display_name="Parsing from Label Map",
-            description="Reads a label map that a human parser saved as an image: grey values that are labels, or the colours of this pack's preview.",
+            description=(
+                "Reads a label map that a human parser saved as an image: grey values that are labels, or the colours "
+                "of this pack's preview."
+            ),
             search_aliases=["segmentation map", "ATR", "LIP", "CIHP"],
             inputs=[
                 io.Image.Input(
@@ -102,7 +110,11 @@ class ParsingFromLabels(io.ComfyNode):
                     "labels",
                     options=list(LABEL_TABLES),
                     default="regions",
-                    tooltip="What the grey values mean: the label set of the parser that made the map. A coloured map needs no choice.",
+                    tooltip=(
+                        "What the grey values mean: the label set of the parser that made the map. A "
+                        "coloured map needs no "
+                        "choice."
+                    ),
                 ),
             ],
             outputs=parsing_outputs(),

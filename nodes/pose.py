@@ -32,7 +32,9 @@ class LoadPose(io.ComfyNode):
         return schema(
             node_id="TruePoseLoadPose",
             display_name="Load Pose",
-            description="Reads keypoints from an OpenPose JSON file or from pasted JSON. Tolerates what different tools write.",
+            description=(
+                "Reads keypoints from an OpenPose JSON file or from pasted JSON. Tolerates what different tools write."
+            ),
             search_aliases=["openpose json", "keypoints"],
             inputs=[
                 io.Combo.Input(

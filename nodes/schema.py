@@ -62,7 +62,7 @@ def to_mask(mask: Tensor, what: str) -> Tensor:
 
 
 def check_parsing(parsing: HumanParsing, image: Tensor, what: str) -> None:
-    """Raise unless the parsing belongs to the IMAGE [B, H, W, C]: one size, one batch (or a batch of 1), somebody in it."""
+    """Raise unless the parsing is of the IMAGE [B, H, W, C]: its size, its batch or 1, and somebody in it."""
     height, width = image.shape[1:3]
     if parsing.size != (height, width):
         raise TruePoseError(

@@ -29,7 +29,7 @@ def bodies(keypoints: object, what: str) -> Tensor:
 def padded_to(
     image: Tensor, parsing: HumanParsing, body: Tensor | None, multiple: int
 ) -> tuple[Tensor, HumanParsing, Tensor | None]:
-    """Image [B, 3, H, W], its parsing and keypoints with right and bottom edges repeated up to a multiple of a latent cell.
+    """Image [B, 3, H, W], its parsing and its keypoints, right and bottom edges repeated up to whole latent cells.
 
     The host's VAE would crop instead, and the parsing would slide off the picture.
     """
@@ -57,7 +57,10 @@ class SourceNetEncode(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model that reads the source. Without a trained TruePose model, the checkpoint you sample with.",
+                    tooltip=(
+                        "The model that reads the source. Without a trained TruePose model, the "
+                        "checkpoint you sample with."
+                    ),
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of that model."),
                 io.Image.Input("image", tooltip="The source person. Best at the size of the picture you want to make."),
@@ -65,12 +68,19 @@ class SourceNetEncode(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="A prompt that describes the source. Only its first part is used. Not connected: an empty prompt of zeros.",
+                    tooltip=(
+                        "A prompt that describes the source. Only its first part is used. Not connected: "
+                        "an empty prompt of "
+                        "zeros."
+                    ),
                 ),
                 PoseKeypoint.Input(
                     "pose",
                     optional=True,
-                    tooltip="Keypoints of the source person. Needed for body match and for carrying the parsing to a target pose.",
+                    tooltip=(
+                        "Keypoints of the source person. Needed for body match and for carrying the "
+                        "parsing to a target pose."
+                    ),
                 ),
             ],
             outputs=[
@@ -129,7 +139,11 @@ class ApplyHPFA(io.ComfyNode):
                 min=0.0,
                 max=1.0,
                 step=0.05,
-                tooltip=f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens are not read at all, which also saves time.",
+                tooltip=(
+                    f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens "
+                    "are not read at all, "
+                    "which also saves time."
+                ),
             )
             for region, name in zip(Region, REGION_NAMES, strict=True)
         ]
@@ -159,7 +173,11 @@ class ApplyHPFA(io.ComfyNode):
                     min=0.0,
                     max=16.0,
                     step=0.1,
-                    tooltip="How strongly a place in the target looks at the same region of the source (beta). Needs a target parsing, or a target pose and a source pose.",
+                    tooltip=(
+                        "How strongly a place in the target looks at the same region of the source "
+                        "(beta). Needs a target "
+                        "parsing, or a target pose and a source pose."
+                    ),
                 ),
                 known(
                     io.Float.Input,
@@ -169,7 +187,11 @@ class ApplyHPFA(io.ComfyNode):
                     max=64.0,
                     step=0.5,
                     advanced=True,
-                    tooltip="How strongly a place looks at the same place on the source's body (gamma). Needs a source pose and a target pose.",
+                    tooltip=(
+                        "How strongly a place looks at the same place on the source's body (gamma). "
+                        "Needs a source pose and a "
+                        "target pose."
+                    ),
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -200,7 +222,11 @@ class ApplyHPFA(io.ComfyNode):
                     id="unconditional",
                     options=["drop", "keep"],
                     default="drop",
-                    tooltip="Whether the negative prompt sees the source too. drop: guidance also strengthens the source, and it is faster.",
+                    tooltip=(
+                        "Whether the negative prompt sees the source too. drop: guidance also "
+                        "strengthens the source, and it "
+                        "is faster."
+                    ),
                 ),
                 Parsing.Input(
                     "target_parsing", optional=True, tooltip="Where the regions shall be in the new picture."

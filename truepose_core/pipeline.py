@@ -7,13 +7,15 @@ SourceNet runs once per source, whatever the number of poses, seeds and steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from truepose_core.attention.caa import RegionTokens
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
@@ -50,13 +52,29 @@ def guidance_factors(w_pose: float, w_source: float) -> tuple[float, float, floa
     return 1 - w_pose, w_pose - w_source, w_source
 
 
-class TruePosePipeline(DiffusionPipeline):
-    """See `__call__`. `model` is a `TruePoseModel`; `scheduler` any diffusers scheduler, by default DDIM with the model's
-    own schedule and prediction type."""
+def weigh_region_tokens(features: SourceFeatures, omega: Tensor | None, strength: float) -> SourceFeatures:
+    """The source with CAA's region tokens scaled by the region weights omega [7] and by strength, both in [0, 1].
 
-    model_cpu_offload_seq = "caa->source_net->pose_encoder->target_net"
-    _optional_components = ["caa", "source_net", "vae"]
-    _callback_tensor_inputs = ["latents"]
+    The background's queries read the whole person, so their tokens weigh what the least of the person's regions does.
+    """
+    if features.caa is None or (omega is None and strength == 1):
+        return features
+    caa = features.caa
+    weight = torch.ones(len(Region)) if omega is None else omega.detach().cpu().float().clone()
+    weight[Region.BACKGROUND] = weight[Region.BACKGROUND + 1 :].min()
+    per_token = caa.regions @ (strength * weight).to(caa.tokens)
+    return replace(features, caa=RegionTokens(caa.tokens * per_token[:, None], caa.shown))
+
+
+class TruePosePipeline(DiffusionPipeline):
+    """See `__call__`. `model` is a `TruePoseModel`; `scheduler` any diffusers scheduler, by default DDIM with the
+    model's own schedule and prediction type."""
+
+    model_cpu_offload_seq = "source_net->pose_encoder->target_net"
+    _optional_components: ClassVar[list[str]] = ["caa", "source_net", "vae"]
+    # Its projections run inside the attention of both nets, where no hook would fetch them.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["caa"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
@@ -139,16 +157,16 @@ class TruePosePipeline(DiffusionPipeline):
         context: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> SourceFeatures:
-        """Run SourceNet once. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised keypoints
-        of the source person, or None (no skeleton prior and no body match then)."""
+        """Run SourceNet once. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised
+        keypoints of the source person, or None (no skeleton prior and no body match then)."""
         self._check_source(image, parsing, body)
         frame = self.frame((image.shape[-2], image.shape[-1]))
         device = self._execution_device
         body = None if body is None else frame.apply_keypoints(body.float()).to(device)
-        # Padding continues the border's colour, so the person's surroundings have no invented edge.
-        fill = image.mean((0, 2, 3)).tolist()
+        # Padding has each picture's own mean colour, so the person's surroundings have no invented edge.
+        framed = [frame.apply(x[None], x.mean((1, 2)).tolist()) for x in image.float()]
         return self.model.encode_source(
-            frame.apply(image.float(), fill).to(device),
+            torch.cat(framed).to(device),
             frame.apply_parsing(parsing).to(device),
             body,
             context,
@@ -182,15 +200,15 @@ class TruePosePipeline(DiffusionPipeline):
     ) -> TransferOutput:
         """Show the source person in the target poses.
 
-        source: image [1, 3, H, W] in [0, 1] with its parsing (and keypoints, if known), or the SourceFeatures of an earlier
-            call. A batch of S sources serves S r target poses, r each in a row.
+        source: image [S, 3, H, W] in [0, 1] with its parsing (and keypoints, if known), or the SourceFeatures of an
+            earlier call. S sources serve S r target poses, r each in a row.
         target_body: [B, 18, 3] keypoints, normalised to the output picture.
         height, width: of the output in pixels; by default the source image's.
         guidance_pose, guidance_source: scales >= 0; 1 and 1 is no guidance and one network call per step.
         region_weights: omega [7] in [0, 1]; None is all ones. strength in [0, 1]: 0 is TargetNet without a source.
         beta, gamma: region and body match, >= 0, the same for every head; None is what the model learned, or its
             configuration's value where it learned none.
-        target_parsing: of the output picture, if known. pose_map: [B, 3, height, width], instead of drawing the skeleton.
+        target_parsing: of the output picture, if known. pose_map: [B, 3, height, width] instead of the drawn skeleton.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
 
@@ -198,8 +216,10 @@ class TruePosePipeline(DiffusionPipeline):
         """
         model = self.model
         device = self._execution_device
-        if model.hpfa is not None:
-            model.hpfa.to(device)
+        # Parts that are no component of the pipeline: offloading leaves them behind.
+        for part in (model.hpfa, model.aligned_encoder, model.controlnet):
+            if part is not None:
+                part.to(device)
         features = source if isinstance(source, SourceFeatures) else None
         if height is None or width is None:
             if features is not None:
@@ -228,11 +248,11 @@ class TruePosePipeline(DiffusionPipeline):
             frame.size_model[0] // patch,
             frame.size_model[1] // patch,
         )
-        latents = self._noise(shape, seed, latents, device)
+        latents, extra = self._noise(shape, seed, latents, device)
         kv: dict = {}
         full = model.target_pass(
             shape[-2:],
-            features,
+            weigh_region_tokens(features, region_weights, strength),
             body,
             target_parsing,
             kv=kv,
@@ -242,21 +262,24 @@ class TruePosePipeline(DiffusionPipeline):
             strength=strength,
         )
         alone = model.target_pass(shape[-2:], None)
-        calls = ((alone, None), (alone, pose), (full, pose))
+        aligned = model.encode_aligned(features, body, region_weights) if strength > 0 else None
+        if aligned is not None:
+            aligned = tuple(strength * x for x in aligned)
+        calls = ((alone, None, None), (alone, pose, None), (full, pose, aligned))
         factors = guidance_factors(guidance_pose, guidance_source)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 x = self.scheduler.scale_model_input(latents, t).to(model.dtype)
                 when = t.expand(batch)
                 predictions = [
-                    model.denoise(x, when, call, p, context, pooled).float() if factor != 0 else None
-                    for factor, (call, p) in zip(factors, calls, strict=True)
+                    model.denoise(x, when, call, p, context, pooled, a).float() if factor != 0 else None
+                    for factor, (call, p, a) in zip(factors, calls, strict=True)
                 ]
                 prediction = combine_guidance(*predictions, guidance_pose, guidance_source)
-                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
                 if callback_on_step_end is not None:
                     given = callback_on_step_end(self, i, int(t), {"latents": latents})
                     latents = given.get("latents", latents)
@@ -271,17 +294,19 @@ class TruePosePipeline(DiffusionPipeline):
 
     def _noise(
         self, shape: tuple[int, ...], seed: int | Sequence[int], latents: Tensor | None, device: torch.device
-    ) -> Tensor:
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise TruePoseError(f"latents are {tuple(latents.shape)}; expected {shape}")
-            return latents.to(device=device, dtype=torch.float32)
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The starting noise, and what schedulers that draw more on the way need to draw it from the same seeds."""
         seeds = [seed + i for i in range(shape[0])] if isinstance(seed, int) else list(seed)
         if len(seeds) != shape[0]:
             raise TruePoseError(f"{len(seeds)} seeds for {shape[0]} pictures; give one seed, or one for each")
         # Drawn on the CPU: the same seed is the same picture on any device.
-        rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(rows).to(device)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        extra = {"generator": generators} if "generator" in signature(self.scheduler.step).parameters else {}
+        if latents is None:
+            latents = torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
+        elif tuple(latents.shape) != shape:
+            raise TruePoseError(f"latents are {tuple(latents.shape)}; expected {shape}")
+        return latents.to(device=device, dtype=torch.float32), extra
 
     def _check_source(self, image: Tensor, parsing: HumanParsing, body: Tensor | None) -> None:
         if image.ndim != 4 or image.shape[1] != 3:
@@ -295,7 +320,7 @@ class TruePosePipeline(DiffusionPipeline):
             raise TruePoseError(f"{parsing.batch} parsings for {image.shape[0]} source images; expected one for each")
         if body is not None and (body.shape[0] != image.shape[0] or body.shape[1:] != (18, 3)):
             raise TruePoseError(f"source keypoints are {tuple(body.shape)}; expected [{image.shape[0]}, 18, 3]")
-        if bool((parsing.masks[:, Region.BACKGROUND] > 0.99).all()):
+        if bool((parsing.masks[:, Region.BACKGROUND] > 0.99).flatten(1).all(1).any()):
             raise TruePoseError("the parsing shows nobody: every pixel is background. Check the source's parsing")
 
     def _check_call(

@@ -46,8 +46,10 @@ const seen = {};
 function finish(kind) { return e => { seen.kind = kind; seen.detail = e.detail; done(seen); }; }
 api.addEventListener('execution_success', finish('success'));
 api.addEventListener('execution_error', finish('error'));
-Promise.resolve(window.app.queuePrompt(0)).then(ok => {
-  if (ok === false) { seen.kind = 'refused'; seen.detail = window.app.lastNodeErrors; done(seen); }
+window.app.queuePrompt(0).then(() => {
+  // The page answers "false" for prompts that were taken too: what it knows of the nodes decides.
+  const errors = window.app.lastNodeErrors || {};
+  if (Object.keys(errors).length) { seen.kind = 'refused'; seen.detail = errors; done(seen); }
 });
 """
 
@@ -93,7 +95,7 @@ class Browser:
         self.driver.set_script_timeout(300)
         self.driver.set_page_load_timeout(180)
         self.driver.get(self.server.url)
-        ready = "return !!(window.app && window.app.graph && window.app.extensionManager && document.getElementById('graph-canvas'))"
+        ready = "const app = window.app; return !!(app?.graph && app.extensionManager && app.canvas)"
         WebDriverWait(self.driver, 180).until(lambda driver: driver.execute_script(ready))
         known = "return Object.keys(window.LiteGraph.registered_node_types).some(t => t.startsWith('TruePose'))"
         WebDriverWait(self.driver, 180).until(lambda driver: driver.execute_script(known))

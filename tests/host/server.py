@@ -94,7 +94,7 @@ class Server:
         folder: Path,
         args: tuple[str, ...] = (),
         pack: Path = PACK,
-        boot_seconds: float = 180,
+        boot_seconds: float = 600,
     ) -> None:
         self.host, self.folder, self.args = host, folder, args
         self.pack, self.boot_seconds = pack, boot_seconds
@@ -156,10 +156,11 @@ class Server:
         """Everything the server printed so far."""
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
-    def our_log_lines(self) -> list[str]:
-        """Log lines that speak of the pack, without the line that lists import times."""
-        lines = [line for line in self.log().splitlines() if "truepose" in line.lower()]
-        return [line for line in lines if "seconds" not in line and "base-directory" not in line]
+    @staticmethod
+    def our_lines(log: str) -> list[str]:
+        """Lines of a log that speak of the pack, without the ones that list import times and folders."""
+        lines = [line for line in log.splitlines() if "truepose" in line.lower()]
+        return [line for line in lines if "seconds" not in line and "base directory" not in line.lower()]
 
     def raw(self, path: str, data: bytes | None = None, timeout: float = 60) -> bytes:
         request = urllib.request.Request(self.url + path, data=data)

@@ -199,21 +199,29 @@ def body_coordinates(body: Tensor, height: int, width: int, aspect: float | None
 
 
 def carry(
-    source_body: Tensor, target_body: Tensor, height: int, width: int, aspect: float | None = None
+    source_body: Tensor,
+    target_body: Tensor,
+    height: int,
+    width: int,
+    aspect: float | None = None,
+    source_aspect: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where each target cell was in the source: (grid [B, height, width, 2] in [-1, 1] for `grid_sample` with
     align_corners=False, certainty [B, height, width] in [0, 1]).
+
+    source_body, target_body: [B, 18, 3]. aspect: width / height of the target image, by default that of the grid;
+    source_aspect: of the source image, by default the same.
 
     Certainty is 0 off the body, where the limb is missing in the source and outside the source image; it is
     halved where one pose shows the front and the other the back.
     """
     aspect = width / height if aspect is None else aspect
-    source, target = limb_frames(source_body, aspect), limb_frames(target_body, aspect)
+    source_aspect = aspect if source_aspect is None else source_aspect
+    source, target = limb_frames(source_body, source_aspect), limb_frames(target_body, aspect)
     batch = target_body.shape[0]
     centres = _centres(height, width, target_body.device, target_body.dtype).expand(batch, -1, -1)
-    unit = target_body.new_tensor([aspect, 1.0])
-    limb, t, d, distance = _nearest(target, centres * unit)
-    place = from_limbs(source, limb, t, d) / unit
+    limb, t, d, distance = _nearest(target, centres * target_body.new_tensor([aspect, 1.0]))
+    place = from_limbs(source, limb, t, d) / target_body.new_tensor([source_aspect, 1.0])
     certain = _on_body(distance) * source.valid.gather(1, limb)
     certain = certain * ((place > 0) & (place < 1)).all(-1)
     certain = certain * torch.where(source.facing == target.facing, 1.0, 0.5)[:, None]
@@ -222,18 +230,25 @@ def carry(
 
 
 def region_prior(
-    parsing: HumanParsing, source_body: Tensor, target_body: Tensor, height: int, width: int
+    parsing: HumanParsing,
+    source_body: Tensor,
+    target_body: Tensor,
+    height: int,
+    width: int,
+    aspect: float | None = None,
 ) -> HumanParsing:
     """The source's parsing carried to the target pose: P of HPFA where nothing better is known.
 
-    parsing: the source's, [B, 7, H, W]. Result [B, 7, height, width]. Off the body it says background; a head
-    seen from behind shows hair where the source shows its face.
+    parsing: the source's, [B, 7, H, W]. Result [B, 7, height, width]. aspect: width / height of the target image, by
+    default that of the grid. Where the certainty of `carry` is 0 (off the body, and limbs that the source does not
+    show) it says background; a head seen from behind shows hair where the source shows its face.
     """
     masks = parsing.masks
-    aspect = masks.shape[-1] / masks.shape[-2]
-    grid, certain = carry(source_body, target_body, height, width, aspect)
+    source_aspect = masks.shape[-1] / masks.shape[-2]
+    aspect = width / height if aspect is None else aspect
+    grid, certain = carry(source_body, target_body, height, width, aspect, source_aspect)
     carried = grid_sample(masks, grid.to(masks), padding_mode="border", align_corners=False)
-    back = limb_frames(target_body, aspect).facing < limb_frames(source_body, aspect).facing
+    back = limb_frames(target_body, aspect).facing < limb_frames(source_body, source_aspect).facing
     face, hair = carried[:, Region.FACE], carried[:, Region.HAIR]
     turned = carried.clone()
     turned[:, Region.HAIR], turned[:, Region.FACE] = face + hair, torch.zeros_like(face)
@@ -259,10 +274,11 @@ def region_colors(image: Tensor, parsing: HumanParsing) -> tuple[Tensor, Tensor]
     return torch.where(seen[..., None], colors, mean[:, None]), seen
 
 
-def warp(image: Tensor, parsing: HumanParsing, source_body: Tensor, target_body: Tensor) -> Tensor:
-    """The source image carried to the target pose, without a network: [B, 3, H, W] in [0, 1].
+def warp(image: Tensor, parsing: HumanParsing, source_body: Tensor, target_body: Tensor) -> tuple[Tensor, Tensor]:
+    """The source image carried to the target pose, without a network: ([B, 3, H, W] in [0, 1], certain [B, 1, H, W]).
 
-    Where the prior is uncertain the region's mean colour is used. image and parsing: the source's, same size.
+    Where the prior is uncertain (certain <= 0.75) the region's mean colour is used. image and parsing: the source's, of
+    the same size.
     """
     height, width = image.shape[-2:]
     grid, certain = carry(source_body, target_body, height, width)
@@ -271,5 +287,6 @@ def warp(image: Tensor, parsing: HumanParsing, source_body: Tensor, target_body:
     colors, _ = region_colors(image, parsing)
     flat = torch.einsum("brc,brhw->bchw", colors, prior.masks)
     person = 1 - prior.masks[:, Region.BACKGROUND : Region.BACKGROUND + 1]
-    mix = ((certain > 0.75).to(image)[:, None]) * person
-    return (mix * pixels + (1 - mix) * flat).clamp(0, 1)
+    certain = certain.to(image)[:, None]
+    mix = (certain > 0.75).to(image) * person
+    return (mix * pixels + (1 - mix) * flat).clamp(0, 1), certain

@@ -74,10 +74,8 @@ def caa_attention(
     shut = torch.where(shown, 0.0, SHUT).to(q)
     hot = token_regions.to(q)
     kappa = torch.as_tensor(kappa, dtype=q.dtype, device=q.device).reshape(1, -1, 1, 1)
-    if prior is None:
-        known = q.new_zeros((b, h, n, REGIONS))
-    else:
-        known = (kappa * prior.to(q)[:, None]).expand(b, h, -1, -1)
+    known = kappa * prior.to(q)[:, None] if prior is not None else q.new_zeros((1, 1, n, REGIONS))
+    known = known.expand(b, h, -1, -1)
     query = torch.cat([q, known / s, q.new_full((b, h, n, 1), 1 / s)], -1)
     key = torch.cat([k, hot.expand(b, h, -1, -1), shut[:, None, :, None].expand(b, h, -1, 1)], -1)
     value = pad(torch.cat([v, hot.expand(b, h, -1, -1)], -1), (0, 1))

@@ -151,7 +151,7 @@ def augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Append the source's tokens and the spare channels: (q', k', v') for any attention kernel called with the
     scale 1/sqrt(D) of the *unpadded* width. q, k, v: [B, H, N, D]. The result's first D columns are the answer."""
-    b, h, n, _ = q.shape
+    b, h = q.shape[:2]
     k_all = torch.cat([k, source.k.to(k).expand(b, -1, -1, -1)], 2)
     v_all = torch.cat([v, source.v.to(v).expand(b, -1, -1, -1)], 2)
     if channels is None:

@@ -122,9 +122,7 @@ def count_attention(site: Site, kept: int = 0, channels: int = 0) -> int:
 
 def added_by_hpfa(step: StepCount, share: float, channels: int) -> int:
     """What a step does more when every self-attention also reads that share of the source; K and V are at hand."""
-    return sum(
-        s.count * (count_attention(s, s.kept(share), channels) - count_attention(s)) for s in step.sites
-    )
+    return sum(s.count * (count_attention(s, s.kept(share), channels) - count_attention(s)) for s in step.sites)
 
 
 def added_by_projection(step: StepCount, share: float) -> int:

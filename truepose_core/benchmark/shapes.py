@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truepose_core.attention.caa import RegionTokens
 from truepose_core.attention.hpfa import REGIONS, SourceTokens
@@ -30,7 +30,10 @@ PER_REGION = 4
 
 @dataclass(frozen=True)
 class Net:
-    """A UNet and the size it works at. unet: arguments of UNet2DConditionModel. latent: (h, w). context: text tokens."""
+    """A UNet and the size it works at. unet: arguments of UNet2DConditionModel. latent: (h, w). context: text tokens.
+
+    size: width x height of the picture, for people to read.
+    """
 
     model: str
     size: str
@@ -105,15 +108,16 @@ def build(net: Net) -> UNet2DConditionModel:
         return UNet2DConditionModel(**net.unet).eval()
 
 
-def materialise(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Give a module of the meta device random weights, of a size that keeps activations finite."""
-    module = module.to(dtype).to_empty(device=device)
+    # diffusers' own `to` warns about mixed precision, which is none here.
+    module = nn.Module.to(module, dtype).to_empty(device=device)
     with torch.no_grad():
         for name, x in module.named_parameters():
             if x.ndim > 1:
-                torch.nn.init.normal_(x, std=x[0].numel() ** -0.5)
+                nn.init.normal_(x, std=x[0].numel() ** -0.5)
             else:
-                torch.nn.init.constant_(x, 1.0 if name.endswith("weight") else 0.0)
+                nn.init.constant_(x, 1.0 if name.endswith("weight") else 0.0)
     return module.eval()
 
 

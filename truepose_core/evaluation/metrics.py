@@ -68,7 +68,7 @@ def ssim_map(images: Tensor, truth: Tensor) -> Tensor:
     images, truth: [B, 3, H, W] in [0, 1].
     """
     _, full = library().structural_similarity_index_measure(
-        images.double(), truth.double(), data_range=1.0, reduction="none", return_full_image=True
+        images.float(), truth.float(), data_range=1.0, reduction="none", return_full_image=True
     )
     return full.mean(1)
 
@@ -95,6 +95,6 @@ def measure(images: Tensor, truth: Tensor, parsing: HumanParsing) -> dict[str, T
     masks = area_masks(parsing)
     similarity = ssim_map(images, truth)
     columns = {f"{area}_psnr": masked_psnr(images, truth, mask) for area, mask in masks.items()}
-    columns |= {f"{area}_ssim": masked_mean(similarity, mask) for area, mask in masks.items()}
+    columns |= {f"{area}_ssim": masked_mean(similarity.double(), mask) for area, mask in masks.items()}
     columns["pattern"] = pattern_scores(images, truth, parsing)
     return columns

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, max_pool2d
+from torch.nn.functional import max_pool2d
 
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
@@ -90,16 +90,17 @@ def residual(image: Tensor, mask: Tensor, sigma: float) -> Tensor:
 
     The mean is Gaussian of sigma pixels and takes in masked pixels only (normalised convolution). mask: [B, 1, H, W].
     """
-    local = _blur(image * mask, sigma) / _blur(mask, sigma).clamp(min=1e-6)
+    # A masked pixel weighs 1 in its own mean; only where nothing is masked for far around is there no weight at all.
+    local = _blur(image * mask, sigma) / _blur(mask, sigma).clamp(min=1e-9)
     return (image - local) * mask
 
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of [B, C, H, W], cut at 3 sigma, zeros around."""
-    radius = int(3 * sigma + 0.5)
-    place = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    kernel = (-(place**2) / (2 * sigma**2)).exp()
-    kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
-    flat = x.flatten(0, 1)[:, None]
-    flat = conv2d(conv2d(flat, kernel, padding=(radius, 0)), kernel.mT, padding=(0, radius))
-    return flat.view(x.shape)
+    """Gaussian blur of [B, C, H, W], nothing around. As two matrix products: fast in float64, exact to its rounding."""
+    return _gaussian(x.shape[-2], sigma, x) @ x @ _gaussian(x.shape[-1], sigma, x)
+
+
+def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
+    """[size, size]: the weight of each pixel of a line in each pixel's mean (not normalised: `residual` divides)."""
+    place = torch.arange(size, dtype=like.dtype, device=like.device)
+    return (-((place[:, None] - place) ** 2) / (2 * sigma**2)).exp()

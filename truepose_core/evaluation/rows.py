@@ -59,7 +59,7 @@ def paint_regions(pairs: PairBatch) -> Tensor:
 def warp_source(pairs: PairBatch) -> Tensor:
     """The source carried along the skeleton, `alignment.skeleton_prior.warp`. Background is the source's mean."""
     source = pairs.source
-    return warp(source.image, HumanParsing(source.parsing), source.keypoints, pairs.target.keypoints)
+    return warp(source.image, HumanParsing(source.parsing), source.keypoints, pairs.target.keypoints)[0]
 
 
 BASELINES: dict[str, Callable[[PairBatch], Tensor]] = {

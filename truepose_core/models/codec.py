@@ -25,7 +25,8 @@ class VAECodec(nn.Module):
 
     def __init__(self, vae: nn.Module):
         super().__init__()
-        self.vae = vae
+        # The codec is a fixed measure: training never changes it.
+        self.vae = vae.requires_grad_(False)
         self.patch = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def encode(self, image: Tensor) -> Tensor:

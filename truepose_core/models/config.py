@@ -34,7 +34,8 @@ class TruePoseConfig:
 
     codec: "pixels" (space to depth with `patch`, no VAE) or "vae". fusion: "none" (pose only), "concat"
     (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
-    training; 0 is plain concatenation. size: (height, width) of the training images, in pixels.
+    training; 0 is plain concatenation. aligned (x0 prediction only): TargetNet also sees the source
+    carried along the skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training images, in pixels.
     """
 
     family: str
@@ -49,6 +50,7 @@ class TruePoseConfig:
     size: tuple[int, int] = (512, 512)
     beta: float = 0.0
     gamma: float = 0.0
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
@@ -57,6 +59,9 @@ class TruePoseConfig:
             raise TruePoseError(
                 f"prediction type is {self.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}"
             )
+
+        if self.aligned and self.prediction_type != "sample":
+            raise TruePoseError(f"aligned needs x0 prediction ('sample'); the model predicts {self.prediction_type!r}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -90,7 +95,9 @@ SD_SCHEDULE = {
 """Stable Diffusion 1.5's noise schedule (its scheduler_config.json)."""
 
 
-def mannequin_config(fusion: str = "hpfa", caa: bool = True, widths: tuple[int, ...] = (64, 96)) -> TruePoseConfig:
+def mannequin_config(
+    fusion: str = "hpfa", caa: bool = True, widths: tuple[int, ...] = (64, 96), aligned: bool = False
+) -> TruePoseConfig:
     """The bundled model: 4x4 pixel patches of a 64x48 image, x0 prediction, no VAE."""
     unet = {
         "sample_size": (16, 12),
@@ -117,4 +124,5 @@ def mannequin_config(fusion: str = "hpfa", caa: bool = True, widths: tuple[int, 
         size=(64, 48),
         beta=2.0 if fusion == "hpfa" else 0.0,
         gamma=16.0 if fusion == "hpfa" else 0.0,
+        aligned=aligned,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior
+from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior, warp
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
@@ -93,6 +93,28 @@ class CAA(nn.Module):
         return self.resampler(patches, rows.to(patches))
 
 
+class AlignedEncoder(nn.Module):
+    """Reads the source's latent carried to the target pose [B, C, h, w] and how certain each cell is [B, 1, h, w].
+
+    Gives what is added after TargetNet's conv_in [B, C0, h, w], which starts at zero, and what is added to its x0
+    prediction [B, C, h, w], which starts as the carried latent itself: the net learns what to change in it.
+    """
+
+    def __init__(self, latent: int, width: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent + 1, 2 * width, 3, padding=1)
+        self.conv_out = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.skip = nn.Conv2d(latent + 1, latent, 1)
+        for module in (self.conv_out, self.skip):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        nn.init.dirac_(self.skip.weight)
+
+    def forward(self, latent: Tensor, certain: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([latent, certain], 1)
+        return self.conv_out(nn.functional.silu(self.conv_in(x))), self.skip(x)
+
+
 class TruePoseModel(nn.Module):
     """The whole network. See `TruePoseConfig` for sizes; weights are random until loaded or trained.
 
@@ -124,6 +146,10 @@ class TruePoseModel(nn.Module):
         self.pose_encoder = ControlNetConditioningEmbedding(
             self.target_net.config.block_out_channels[0], 3, config.pose_widths
         )
+        self.aligned_encoder: AlignedEncoder | None = None
+        if config.aligned:
+            net = self.target_net.config
+            self.aligned_encoder = AlignedEncoder(net.out_channels, net.block_out_channels[0])
         self.controlnet: nn.Module | None = None
         self.hpfa: nn.ModuleDict | None = None
         if config.fusion == "hpfa":
@@ -137,7 +163,8 @@ class TruePoseModel(nn.Module):
         if config.caa is not None:
             self.caa = CAA(config.caa, self.context_width, self.source_net, self.target_net)
         install(self.target_net, self.hpfa, self.caa.target_sites if self.caa else None)
-        if self.source_net is not None:
+        # One net may play both parts (training-free use); it keeps TargetNet's processors.
+        if self.source_net is not None and self.source_net is not self.target_net:
             install(self.source_net, None, self.caa.source_sites if self.caa else None)
         self.target_net.conv_in.register_forward_hook(_add_pose)
 
@@ -174,7 +201,8 @@ class TruePoseModel(nn.Module):
         context: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> SourceFeatures:
-        """One pass of SourceNet over the clean source, at timestep 0. image [B, 3, H, W] in [0, 1]."""
+        """One pass of SourceNet over the clean source, at timestep 0. image [B, 3, H, W] in [0, 1], parsing of the same
+        size, body [B, 18, 3] normalised keypoints or None. context, pooled: text, where the model reads text."""
         latent = self.codec.encode(image).to(self.dtype)
         size = (latent.shape[-2], latent.shape[-1])
         caa = self.caa(image.to(self.dtype), parsing) if self.caa is not None else None
@@ -188,7 +216,8 @@ class TruePoseModel(nn.Module):
                 cross_attention_kwargs={"truepose": call},
                 added_cond_kwargs=self._extra_conditions(latent, (image.shape[-2], image.shape[-1]), pooled),
             )
-        return SourceFeatures(self.config.family, call.sites, size, parsing, body, caa)
+        kept = image if self.config.aligned else None
+        return SourceFeatures(self.config.family, call.sites, size, parsing, body, caa, kept)
 
     def target_pass(
         self,
@@ -205,16 +234,19 @@ class TruePoseModel(nn.Module):
         strength: float = 1.0,
         alignments: dict[str, Tensor] | None = None,
     ) -> TargetPass:
-        """What TargetNet needs beside noise, step and pose map. target_body: [B, 18, 3], keypoints on the target image;
-        target_parsing: if the user has one. keep: [B] bool, rows that see the source. See `TargetPass`.
+        """What TargetNet needs beside noise, step and pose map.
+
+        target_body: [B, 18, 3], keypoints on the target image, B a multiple of the sources. target_parsing: if the user
+        has one. keep: [B] bool, rows that see the source. The rest: see `TargetPass`. Strength 0 or region weights that
+        are all 0 are no source at all. Raises TruePoseError for a source that another model family encoded.
         """
-        if source is None:
-            return TargetPass(latent_size)
-        if source.family != self.config.family:
+        if source is not None and source.family != self.config.family:
             raise TruePoseError(
                 f"the source was encoded by a {source.family!r} model; this one is {self.config.family!r}. "
                 "Encode the source again with this model"
             )
+        if source is None or strength == 0 or (omega is not None and not bool(omega.any())):
+            return TargetPass(latent_size)
         prior: dict[int, Tensor] = {}
         body: dict[int, Tensor] = {}
         counts = token_counts(self.target_net, latent_size)
@@ -260,6 +292,28 @@ class TruePoseModel(nn.Module):
             return pose_map.to(self.dtype)
         return self.pose_encoder(pose_map.to(self.dtype))
 
+    def encode_aligned(
+        self, source: SourceFeatures, target_body: Tensor, omega: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the carried source adds to the pose embedding [B, C0, h, w] and to the prediction [B, C, h, w]. None for a
+        model without alignment, a source without keypoints, or when the region weights omega [7] leave nothing.
+        target_body: [B, 18, 3] on the target image, which has the source image's size."""
+        if self.aligned_encoder is None or source.image is None or source.body is None:
+            return None
+        if omega is not None and bool((omega == 0).all()):
+            return None
+        times = target_body.shape[0] // source.image.shape[0]
+        image, masks, body = (x.repeat_interleave(times, 0) for x in (source.image, source.parsing.masks, source.body))
+        with torch.no_grad():
+            carried, certain = warp(image, HumanParsing(masks), body, target_body)
+            if omega is not None:
+                prior = region_prior(HumanParsing(masks), body, target_body, *image.shape[-2:])
+                weight = torch.einsum("r,brhw->bhw", omega.to(image), prior.masks)[:, None]
+                carried, certain = 0.5 + weight * (carried - 0.5), weight * certain
+            latent = self.codec.encode(carried).to(self.dtype)
+            certain = nn.functional.adaptive_avg_pool2d(certain, latent.shape[-2:]).to(self.dtype)
+        return self.aligned_encoder(latent, certain)
+
     def denoise(
         self,
         latent: Tensor,
@@ -268,8 +322,10 @@ class TruePoseModel(nn.Module):
         pose: Tensor | None,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
+        aligned: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """TargetNet's prediction for noisy latents [B, C, h, w] at timesteps [B]. pose: from `encode_pose`, or None."""
+        """TargetNet's prediction for noisy latents [B, C, h, w] at timesteps [B]. pose: from `encode_pose`, or None;
+        aligned: from `encode_aligned`, or None."""
         size = (latent.shape[-2] * self.codec.patch, latent.shape[-1] * self.codec.patch)
         text, extra = self._context(context, latent), self._extra_conditions(latent, size, pooled)
         residuals: dict[str, Any] = {}
@@ -277,8 +333,10 @@ class TruePoseModel(nn.Module):
             down, middle = self.controlnet(latent, timestep, text, pose, added_cond_kwargs=extra, return_dict=False)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
             pose = None
+        if aligned is not None:
+            pose = aligned[0] if pose is None else pose + aligned[0]
         with _pose_added(pose):
-            return self.target_net(
+            prediction = self.target_net(
                 latent,
                 timestep,
                 text,
@@ -286,6 +344,7 @@ class TruePoseModel(nn.Module):
                 added_cond_kwargs=extra,
                 **residuals,
             ).sample
+        return prediction if aligned is None else prediction + aligned[1]
 
     def forward(
         self,
@@ -309,4 +368,7 @@ class TruePoseModel(nn.Module):
             (noisy.shape[-2], noisy.shape[-1]), source, target_body, keep=keep_source, alignments=alignments
         )
         pose = self.encode_pose(pose_map) * keep_pose[:, None, None, None]
-        return self.denoise(noisy, timestep, call, pose), alignments
+        aligned = None if source is None else self.encode_aligned(source, target_body)
+        if aligned is not None:
+            aligned = tuple(x * keep_source[:, None, None, None] for x in aligned)
+        return self.denoise(noisy, timestep, call, pose, aligned=aligned), alignments

@@ -47,7 +47,7 @@ class HPFASite(nn.Module):
 
 @dataclass
 class SourcePass:
-    """A forward pass of SourceNet: `sites` fills with the input of every self-attention."""
+    """A forward pass of SourceNet: `sites` fills with the input [B, M, C] of every self-attention."""
 
     latent_size: tuple[int, int]
     caa: RegionTokens | None = None
@@ -58,11 +58,12 @@ class SourcePass:
 class TargetPass:
     """A forward pass of TargetNet.
 
-    source: what HPFA reads, or None. omega: region weights [7], or None for all ones. keep: [B] bool, rows that see the
-    source at all (None: all of them). beta, gamma: one value for every head, or None for what the model learned (0
-    where it learned none).
-    target_regions: P per token count, and body coordinates likewise (see `rows`). kv: K and V of the source
-    per site, kept between passes whose weights do not change. alignments: site -> P [B, N, 7], filled when not None.
+    source: what HPFA reads, or None. omega: region weights [7] in [0, 1], or None for all ones. keep: [B] bool, rows
+    that see the source at all (None: all of them). beta, gamma >= 0: one value for every head, or None for what the
+    model learned (0 where it learned none). strength in [0, 1]: a factor on every w(j) and on CAA's lambda.
+    prior: token count -> P [B, N, 7]; given: it is the user's parsing, which CAA must not replace. body: token count ->
+    the target's body coordinates [B, N, 3]. caa: the source's region tokens. kv: K and V of the source per site, kept
+    between passes whose weights do not change. alignments: site -> CAA's P [B, N, 7], filled when not None.
     """
 
     latent_size: tuple[int, int]
@@ -125,30 +126,27 @@ class SelfAttention:
 
     def _source(self, attn: Attention, call: TargetPass) -> SourceTokens | None:
         """The source's K and V and rows at this site; None when the region weights leave nothing."""
-        if call.kv is not None and self.site in call.kv:
-            return call.kv[self.site]
+        if call.kv is None:
+            return self._project(attn, call)
+        if self.site not in call.kv:
+            call.kv[self.site] = self._project(attn, call)
+        return call.kv[self.site]
+
+    def _project(self, attn: Attention, call: TargetPass) -> SourceTokens | None:
         source = call.source
         x, rows, body = source.sites[self.site], source.regions(self.site), source.coordinates(self.site)
         log_w = None
-        tokens: SourceTokens | None = None
-        kept = None
         if call.omega is not None and bool((call.omega != 1).any()):
             kept = kept_tokens(region_rows_weight(rows, call.omega))
-            if kept is not None:
-                index, log_w = kept
-                x, rows = gather_tokens(x, index), gather_tokens(rows, index)
-                body = None if body is None else gather_tokens(body, index)
-                log_w = log_w if bool((log_w != 0).any()) else None
-            nothing = kept is None
-        else:
-            nothing = False
-        if not nothing:
-            x = x.to(attn.to_k.weight.dtype)
-            k, v = _heads(attn.to_k(x), attn.heads), _heads(attn.to_v(x), attn.heads)
-            tokens = SourceTokens(k, v, rows, log_w, body)
-        if call.kv is not None:
-            call.kv[self.site] = tokens
-        return tokens
+            if kept is None:
+                return None
+            index, log_w = kept
+            x, rows = gather_tokens(x, index), gather_tokens(rows, index)
+            body = None if body is None else gather_tokens(body, index)
+            log_w = log_w if bool((log_w != 0).any()) else None
+        x = x.to(attn.to_k.weight.dtype)
+        k, v = _heads(attn.to_k(x), attn.heads), _heads(attn.to_v(x), attn.heads)
+        return SourceTokens(k, v, rows, log_w, body)
 
     def _fuse(
         self, attn: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: TargetPass
@@ -231,9 +229,11 @@ class CrossAttention:
         k, v = _heads(attn.to_k(context), attn.heads), _heads(attn.to_v(context), attn.heads)
         out = _attend(q, k, v, q.shape[-1] ** -0.5, self.heads_at_once)
         if self.caa is not None and truepose is not None and truepose.caa is not None:
-            prior = truepose.prior.get(q.shape[2]) if isinstance(truepose, TargetPass) else None
+            prior, strength = None, 1.0
+            if isinstance(truepose, TargetPass):
+                prior, strength = truepose.prior.get(q.shape[2]), truepose.strength
             extra, _ = self.caa(q, truepose.caa, prior)
-            out = out + self.caa.scale.to(out) * extra
+            out = out + strength * self.caa.scale.to(out) * extra
         return attn.to_out[1](attn.to_out[0](_merge(out)))
 
 

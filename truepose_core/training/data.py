@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 
 
@@ -49,14 +50,9 @@ class MannequinPool:
         device: torch.device | str = "cpu",
     ):
         if poses < 2:
-            raise ValueError(f"a pair needs 2 poses of a person; got {poses}")
-        self.people, self.poses, self.size, self.seed, self.fresh = (
-            people,
-            poses,
-            size,
-            seed,
-            min(fresh, people),
-        )
+            raise TruePoseError(f"a pair needs 2 poses of a person; got {poses}")
+        self.people, self.poses, self.size, self.seed = people, poses, size, seed
+        self.fresh = min(fresh, people)
         self.device = torch.device(device)
         self.step = step
         replaced = self.fresh * step
@@ -88,7 +84,13 @@ class MannequinPool:
         self.body[slots] = made.keypoints.cpu().unflatten(0, shape)
 
     def batch(self, sources: int, targets: int, rank: int = 0) -> TrainingBatch:
-        """The batch of the current step: `sources` people with `targets` target poses each."""
+        """The batch of the current step: `sources` people with `targets` target poses each. Raises TruePoseError where
+        the pool has too few poses for that."""
+        if not 1 <= targets < self.poses:
+            raise TruePoseError(
+                f"{targets} targets from {self.poses} poses per person, one of which is the source; "
+                f"expected 1 to {self.poses - 1}"
+            )
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 4099 + rank)
         slot = torch.randint(self.people, (sources,), generator=generator)
         order = torch.rand((sources, self.poses), generator=generator).argsort(1)[:, : targets + 1]

@@ -74,7 +74,9 @@ class FolderPairs:
         shown = []
         for name in chosen:
             mine = self.targets[name]
-            shown += [mine[i % len(mine)] for i in torch.randperm(max(len(mine), targets), generator=generator)[:targets]]
+            shown += [
+                mine[i % len(mine)] for i in torch.randperm(max(len(mine), targets), generator=generator)[:targets]
+            ]
         a = [torch.stack(x) for x in zip(*map(self.load, chosen), strict=True)]
         b = [torch.stack(x) for x in zip(*map(self.load, shown), strict=True)]
         return TrainingBatch(a[0], HumanParsing(a[1]), a[2], b[0], HumanParsing(b[1]), b[2])

@@ -13,7 +13,11 @@ Timesteps are drawn with density proportional to t^(1/power - 1); power 1 is uni
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +91,9 @@ ROWS = {
     "concat": lambda: mannequin_config("concat", caa=False),
     "HPFA": lambda: mannequin_config("hpfa", caa=False),
     "HPFA+CAA": lambda: mannequin_config("hpfa", caa=True),
+    "full": lambda: mannequin_config("hpfa", caa=True, aligned=True),
 }
-"""The four learned rows of the evaluation table."""
+"""The four learned rows of the evaluation table, and the bundled model."""
 
 
 def draw_timesteps(count: int, train_steps: int, power: float, generator: torch.Generator) -> Tensor:
@@ -122,17 +127,38 @@ def alignment_loss(alignments: dict[str, Tensor], target: Any, latent_size: tupl
     return total / max(len(alignments), 1)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done. (Python hears signals in the main thread only.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *args: heard.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard and callable(before):
+        before(*heard[0])
+
+
 class Trainer:
     """One training run in a folder: `run()` trains, from the last checkpoint if there is one."""
 
     def __init__(self, config: TrainingConfig, out: Path, *, quiet: bool = False):
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 
         self.config, self.out, self.quiet = config, Path(out), quiet
         self.out.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            # Nothing reads what SourceNet computes behind its last self-attention: weights there have no gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
         torch.manual_seed(config.seed)
         model_config = config.model
         self.model = TruePoseModel(model_config)
@@ -164,7 +190,7 @@ class Trainer:
         """Linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
         c = self.config
         down = (c.steps - step) / max(1, round(c.decay * c.steps)) if c.decay else 1.0
-        return c.learning_rate * min(1.0, (step + 1) / c.warmup, down)
+        return c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup), down)
 
     def loss(self, batch: TrainingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of a batch; every random draw comes from (seed, step, process)."""
@@ -255,20 +281,23 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         for _ in range(c.accumulate):
             batch = self.pool.batch(c.sources, c.targets, self.accelerator.process_index)
-            with self.accelerator.accumulate(self.net), self.accelerator.autocast():
+            # The net alone runs in mixed precision (accelerate wraps its forward); the loss is float32.
+            with self.accelerator.accumulate(self.net):
                 loss, figures = self.loss(batch.to(self.accelerator.device), self.pool.step)
-            self.accelerator.backward(loss)
+                self.accelerator.backward(loss)
+            if not torch.isfinite(loss):
+                raise TruePoseError(
+                    f"the loss became {loss.item()} at step {self.step}; lower the learning rate "
+                    f"(now {c.learning_rate}) and resume from {self._checkpoint}"
+                )
             self.pool.advance()
-        if not torch.isfinite(loss):
-            raise TruePoseError(
-                f"the loss became {loss.item()} at step {self.step}; lower the learning rate "
-                f"(now {c.learning_rate}) and resume from {self._checkpoint}"
-            )
         figures["norm/gradient"] = float(self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(p for p in self.model.parameters() if p.requires_grad)
-        self.step += 1
+        # A checkpoint on Ctrl-C must not hold new weights beside old averages or an old count.
+        with uninterrupted():
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ema.step(p for p in self.model.parameters() if p.requires_grad)
+            self.step += 1
         return figures
 
     def averaged(self) -> TruePoseModel:
@@ -358,11 +387,11 @@ class Trainer:
         averages = part("ema.")
         self.ema.shadow_params = [averages[n].clone() for n, _ in named]
         self.ema.optimization_step = story["ema_steps"]
+        index = {name: i for i, (name, _) in enumerate(named)}
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, _) in enumerate(named):
-            keys = {k.split(".", 1)[0]: v for k, v in part("optimizer.").items() if k.split(".", 1)[1] == name}
-            if keys:
-                state[index] = keys
+        for key, value in part("optimizer.").items():
+            kind, name = key.split(".", 1)
+            state.setdefault(index[name], {})[kind] = value
         if state:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step, self.seconds = story["step"], story["seconds"]

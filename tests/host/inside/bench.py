@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 
 import comfy.samplers
 import torch
@@ -55,7 +56,7 @@ class _Steps(comfy.samplers.Sampler):
         disable_pbar=False,
     ):
         x = noise * sigmas[0]
-        for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, after in pairwise(sigmas):
             denoised = model_wrap(x, now.expand(x.shape[0]), **extra_args)
             x = x + (x - denoised) / now * (after - now)
         return x
@@ -158,5 +159,3 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
 def far(a: Tensor, b: Tensor) -> bool:
     """Different enough that a test of equality means something."""
     return bool((a - b).abs().max() > 1e-3)
-
-

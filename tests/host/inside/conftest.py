@@ -1,6 +1,7 @@
-"""Tests that import the host. They run in the host's Python (see ../test_inside.py) and never where there is none.
+r"""Tests that import the host. They run in the host's Python (see ../test_inside.py) and never where there is none.
 
-By hand: COMFYUI_DIR=... <the host's python> -m pytest -c /dev/null --rootdir tests/host/inside tests/host/inside/<file>.py
+By hand: COMFYUI_DIR=... <the host's python> -m pytest -c /dev/null --confcutdir tests/host/inside \
+    --rootdir tests/host/inside tests/host/inside/<file>.py
 """
 
 from __future__ import annotations

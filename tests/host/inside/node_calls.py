@@ -69,7 +69,9 @@ def test_every_node_is_documented() -> None:
 
 def test_encode_and_apply(vae: object) -> None:
     image, parsing = person()
-    (source,) = run(SourceNetEncode, model=model(), vae=vae, image=image, parsing=parsing, conditioning=make_conditioning(3))
+    (source,) = run(
+        SourceNetEncode, model=model(), vae=vae, image=image, parsing=parsing, conditioning=make_conditioning(3)
+    )
     assert isinstance(source, host.HostFeatures) and source.latent_size == (12, 8)
     (patched,) = run(ApplyHPFA, model=model(), source=source)
     assert far(sample(patched), sample(model()))
@@ -140,7 +142,7 @@ class TestApplyRefuses:
     def test_a_window_that_ends_before_it_starts(self, vae: object) -> None:
         image, parsing = person()
         (source,) = run(SourceNetEncode, model=model(), vae=vae, image=image, parsing=parsing)
-        with pytest.raises(TruePoseError, match="start_percent 0.8 is after end_percent 0.2"):
+        with pytest.raises(TruePoseError, match=r"start_percent 0\.8 is after end_percent 0\.2"):
             run(ApplyHPFA, model=model(), source=source, start_percent=0.8, end_percent=0.2)
 
     def test_target_pose_without_people(self, vae: object) -> None:
@@ -152,7 +154,9 @@ class TestApplyRefuses:
 
 def test_masks_to_parsing_and_back() -> None:
     _, parsing = person()
-    together, *masks, preview = run(ParsingToMasks, parsing=parsing, upper=True, **{n: False for n in REGION_NAMES if n != "upper"})
+    together, *masks, preview = run(
+        ParsingToMasks, parsing=parsing, upper=True, **{n: False for n in REGION_NAMES if n != "upper"}
+    )
     assert torch.equal(together, parsing.mask("upper"))
     assert len(masks) == 7 and all(torch.equal(m, parsing.mask(n)) for m, n in zip(masks, REGION_NAMES, strict=True))
     assert preview.shape == (1, 96, 64, 3)

@@ -24,9 +24,7 @@ from patching import log_weight, unet
 def run_node(module: str, name: str, **inputs: object) -> object:
     """The first output of a node of the host, whichever API its version uses."""
     node = getattr(importlib.import_module(module), name)
-    if hasattr(node, "execute") and not hasattr(node, "FUNCTION"):
-        out = node.execute(**inputs)
-    elif inspect.ismethod(getattr(node, "execute", None)):
+    if inspect.ismethod(getattr(node, "execute", None)):
         out = node.execute(**inputs)
     else:
         out = getattr(node(), node.FUNCTION)(**inputs)
@@ -63,13 +61,26 @@ def counting_override(who: object) -> object:
 
 EXTRAS = "comfy_extras."
 OTHERS: dict[str, Callable[[object], object]] = {
-    "HyperTile": lambda m: run_node(EXTRAS + "nodes_hypertile", "HyperTile", model=m, tile_size=32, swap_size=2, max_depth=1, scale_depth=False),
+    "HyperTile": lambda m: run_node(
+        EXTRAS + "nodes_hypertile", "HyperTile", model=m, tile_size=32, swap_size=2, max_depth=1, scale_depth=False
+    ),
     "ToMe": lambda m: run_node(EXTRAS + "nodes_tomesd", "TomePatchModel", model=m, ratio=0.4),
     "PAG": lambda m: run_node(EXTRAS + "nodes_pag", "PerturbedAttentionGuidance", model=m, scale=2.0),
     "SAG": lambda m: run_node(EXTRAS + "nodes_sag", "SelfAttentionGuidance", model=m, scale=0.7, blur_sigma=2.0),
     "FreeU": lambda m: run_node(EXTRAS + "nodes_freelunch", "FreeU_V2", model=m, b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     "RescaleCFG": lambda m: run_node(EXTRAS + "nodes_model_advanced", "RescaleCFG", model=m, multiplier=0.7),
-    "DeepShrink": lambda m: run_node(EXTRAS + "nodes_model_downscale", "PatchModelAddDownscale", model=m, block_number=3, downscale_factor=2.0, start_percent=0.0, end_percent=1.0, downscale_after_skip=True, downscale_method="bicubic", upscale_method="bicubic"),
+    "DeepShrink": lambda m: run_node(
+        EXTRAS + "nodes_model_downscale",
+        "PatchModelAddDownscale",
+        model=m,
+        block_number=3,
+        downscale_factor=2.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        downscale_after_skip=True,
+        downscale_method="bicubic",
+        upscale_method="bicubic",
+    ),
     "extra tokens": extra_tokens,
 }
 SIZE = {"height": 16, "width": 24}
@@ -228,7 +239,10 @@ def control_net() -> object:
 def test_control_net() -> None:
     hint = torch.rand((1, 3, 96, 64), generator=torch.Generator().manual_seed(2))
     control = control_net().set_cond_hint(hint, 0.7)
-    positive, negative = ([[c[0][0], {**c[0][1], "control": control, "control_apply_to_uncond": False}] for c in [make_conditioning(i)]] for i in (1, 2))
+    positive, negative = (
+        [[c[0][0], {**c[0][1], "control": control, "control_apply_to_uncond": False}] for c in [make_conditioning(i)]]
+        for i in (1, 2)
+    )
     features = source()
     plain = sample(model(), positive, negative)
     assert far(plain, sample(model()))

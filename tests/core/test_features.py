@@ -1,0 +1,115 @@
+"""Laws of `SourceFeatures` and of the token grids of a UNet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import Conv2d
+
+from truepose_core.alignment.skeleton_prior import body_coordinates
+from truepose_core.attention.caa import RegionTokens
+from truepose_core.errors import TruePoseError
+from truepose_core.features import SourceFeatures, grid_of
+from truepose_core.parsing import HumanParsing
+
+sides = st.integers(1, 40)
+
+
+def features(batch=2, latent_size=(7, 5), body=True, **other):
+    g = torch.Generator().manual_seed(0)
+    h, w = latent_size
+    small = ((h + 1) // 2) * ((w + 1) // 2)
+    sites = {
+        "one": torch.randn(batch, h * w, 8, generator=g),
+        "two": torch.randn(batch, small, 16, generator=g),
+        "three": torch.randn(batch, small, 16, generator=g),
+    }
+    parsing = HumanParsing(torch.rand(batch, 7, 4 * h, 4 * w, generator=g).softmax(1))
+    keypoints = torch.cat([torch.rand(batch, 18, 2, generator=g), torch.ones(batch, 18, 1)], -1) if body else None
+    return SourceFeatures("mannequin", sites, latent_size, parsing, keypoints, **other)
+
+
+@given(height=sides, width=sides, depth=st.integers(0, 4))
+def test_a_level_has_the_grid_that_stride_2_convolutions_leave(height, width, depth):
+    x = torch.zeros(1, 1, height, width)
+    down = Conv2d(1, 1, 3, stride=2, padding=1)
+    for _ in range(depth):
+        x = down(x)
+    assert grid_of(x[0, 0].numel(), (height, width)) == tuple(x.shape[2:])
+
+
+@given(height=sides, width=sides, tokens=st.integers(1, 1700))
+def test_any_other_count_is_refused(height, width, tokens):
+    levels = {height * width}
+    h, w = height, width
+    while h * w > 1:
+        h, w = (h + 1) // 2, (w + 1) // 2
+        levels.add(h * w)
+    if tokens in levels:
+        rows, columns = grid_of(tokens, (height, width))
+        assert rows * columns == tokens
+    else:
+        with pytest.raises(TruePoseError, match=f"{tokens} tokens.*{height}x{width}"):
+            grid_of(tokens, (height, width))
+
+
+def test_each_site_has_the_rows_of_its_own_grid():
+    f = features()
+    assert f.grid("one") == (7, 5) and f.grid("two") == (4, 3)
+    for site in f.sites:
+        assert torch.equal(f.regions(site), f.parsing.tokens(*f.grid(site)))
+        assert torch.equal(f.coordinates(site), body_coordinates(f.body, *f.grid(site), aspect=5 / 7))
+        assert f.regions(site).shape == (2, f.sites[site].shape[1], 7)
+        assert (f.regions(site).sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_rows_are_computed_once_per_grid():
+    f = features()
+    assert f.regions("two") is f.regions("two") is f.regions("three")
+    assert f.coordinates("two") is f.coordinates("three")
+    assert f.regions("one") is not f.regions("two")
+
+
+def test_a_copy_with_another_parsing_has_its_own_rows():
+    f = features()
+    f.regions("one"), f.coordinates("one")
+    other = HumanParsing(f.parsing.masks.flip(1))
+    assert torch.equal(replace(f, parsing=other).regions("one"), other.tokens(7, 5))
+    assert replace(f, body=None).coordinates("one") is None
+
+
+def test_without_keypoints_there_are_no_coordinates():
+    assert features(body=False).coordinates("one") is None
+
+
+def test_an_impossible_site_is_named():
+    f = features()
+    f.sites["odd"] = torch.zeros(2, 34, 8)
+    with pytest.raises(TruePoseError, match=r"34 tokens.*7x5"):
+        f.regions("odd")
+
+
+def test_size_in_bytes_and_batch():
+    f = features()
+    assert f.nbytes == 4 * 2 * (35 * 8 + 12 * 16 + 12 * 16)
+    assert f.batch == 2
+    assert replace(f, sites={}).batch == 2, "a model that reads no source still has one"
+
+
+def test_moving_changes_hidden_states_and_tokens_and_nothing_else():
+    caa = RegionTokens(torch.randn(2, 14, 8), torch.ones(2, 14, dtype=torch.bool))
+    image = torch.rand(2, 3, 28, 20)
+    f = features(caa=caa, image=image)
+    half = f.to("cpu", torch.float16)
+    for site, x in f.sites.items():
+        assert torch.equal(half.sites[site], x.half())
+    assert half.caa.tokens.dtype == torch.float16 and torch.equal(half.caa.shown, caa.shown)
+    assert torch.equal(half.body, f.body) and torch.equal(half.parsing.masks, f.parsing.masks)
+    assert torch.equal(half.image, image)
+    assert (half.family, half.latent_size) == (f.family, f.latent_size)
+    assert half.nbytes == f.nbytes / 2
+    assert features(body=False).to("cpu").body is None

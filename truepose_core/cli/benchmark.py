@@ -1,0 +1,37 @@
+"""`truepose benchmark`: what HPFA costs, counted and timed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from truepose_core.cli.console import Console
+
+HELP = "what HPFA costs beside the plain network, counted and timed"
+DESCRIPTION = """\
+Measure, in one process and as ratios, what a step with HPFA costs beside a plain step at the attention shapes of SD1.5
+at 512x768 and SDXL at 1024x768; spare channels against a mask; kept K and V against projecting them at every step.
+"""
+EPILOG = """\
+examples:
+  truepose benchmark --quick
+  truepose benchmark --json benchmark.json
+  truepose benchmark --device cuda --repeats 20 --json benchmark.json --overwrite
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `truepose benchmark`."""
+    from truepose_core import benchmark
+
+    benchmark.add_arguments(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure, print and write."""
+    from truepose_core import benchmark
+
+    result = benchmark.run(args)
+    if args.json is not None:
+        console.say(f"wrote {args.json}")
+    return result

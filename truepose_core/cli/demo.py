@@ -1,0 +1,279 @@
+"""`truepose demo`: what the bundled model does, on people it has never seen."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truepose_core.cli.console import (
+    Console,
+    add_device_arguments,
+    check_folder,
+    make_folder,
+    memory_text,
+    peak_memory,
+    to_json,
+    whole,
+)
+from truepose_core.cli.opening import Opened, add_model_argument, memory_errors, open_model, progress
+from truepose_core.errors import TruePoseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from truepose_core.mannequin import Rendering
+
+HELP = "a picture of what the bundled model does, in under a minute on a CPU"
+DESCRIPTION = """\
+Show four mannequins, which the model has never seen, in two new poses each. No download, no GPU.
+
+Writes DIR/demo.png (source | skeleton | result | truth), DIR/demo.json (how close each result is, and how long it
+took), and DIR/inputs with a picture, its parsing and poses to try `truepose transfer` with.
+"""
+EPILOG = """\
+examples:
+  truepose demo --out demo-out
+  truepose demo --out demo-out --overwrite --steps 30 --seed 1
+  truepose demo --out demo-out --json | jq .mean.foreground_psnr
+"""
+
+SHEET = "demo.png"
+REPORT = "demo.json"
+INPUTS = "inputs"
+HEIGHT = 256
+"""Pictures on the sheet are about this high, in pixels."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One person of the test split: number, pose of the source picture, poses to show. Names of `ready_poses`."""
+
+    person: int
+    source: str
+    targets: tuple[str, str]
+
+
+# One for each kind of patterned top, the pattern to follow from the front, from the side and behind.
+SCENES = (
+    Scene(0, "turn", ("wave", "side")),
+    Scene(5, "stand", ("arms up", "walk")),
+    Scene(6, "akimbo", ("kick", "wave")),
+    Scene(23, "stand", ("sit", "back")),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `truepose demo`."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if need be")
+    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
+    parser.add_argument("--steps", type=whole(1, 1000), default=12, metavar="N", help="sampling steps (default: 12)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="fixes the pictures (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print what demo.json holds on stdout instead of text")
+    add_model_argument(parser)
+    add_device_arguments(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Check the outputs, work, then write. Returns what is in demo.json."""
+    started = time.perf_counter()
+    from truepose_core.mannequin import ready_poses
+
+    out = Path(args.out)
+    inputs = input_names(list(ready_poses()))
+    sheet_path, report_path = check_folder(out, [SHEET, REPORT], args.overwrite)
+    check_folder(out / INPUTS, inputs, args.overwrite)
+
+    opened = open_model(args.model, args.device, args.dtype)
+    if not opened.is_mannequin:
+        raise TruePoseError(
+            f"--model {args.model} is of family {opened.pipe.model.config.family!r}; the demo shows mannequins, so it "
+            "needs a model of family 'mannequin'. For others use truepose transfer"
+        )
+    with memory_errors(opened.device):
+        sheet, pairs = _show(opened, args.steps, args.seed)
+    made = render_inputs()
+    memory = peak_memory(opened.device)
+    report = {
+        **opened.description,
+        "steps": args.steps,
+        "seed": args.seed,
+        "size": list(opened.pipe.model.config.size[::-1]),
+        "pairs": pairs,
+        "mean": {key: sum(p[key] for p in pairs) / len(pairs) for key in ("foreground_psnr", "copy_foreground_psnr")},
+        "seconds": {"model": round(opened.seconds, 3), "total": round(time.perf_counter() - started, 3)},
+        **memory,
+    }
+    _write(sheet, report, made, sheet_path, report_path, args.overwrite)
+
+    mean = report["mean"]
+    console.say(
+        f"foreground PSNR {mean['foreground_psnr']:.2f} dB on average; copying the source has "
+        f"{mean['copy_foreground_psnr']:.2f} dB"
+    )
+    console.say(f"{report['seconds']['total']:.1f} s in all; {memory_text(memory)}")
+    console.say(f"wrote {sheet_path}\nwrote {report_path}")
+    folder = out / INPUTS
+    console.say(
+        f"try next: truepose transfer {folder / 'person.png'} --parsing {folder / 'person-parsing.png'} "
+        f"--source-pose {folder / 'person-pose.json'} --pose {folder / 'kick.json'} --out {out / 'kick.png'}"
+    )
+    console.report(report)
+    return report
+
+
+def _show(opened: Opened, steps: int, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The contact sheet [1, 3, H, W] and the figures of each pair."""
+    import torch
+    from torch.nn.functional import avg_pool2d, interpolate
+    from tqdm.auto import tqdm
+
+    from truepose_core.evaluation.metrics import area_masks
+    from truepose_core.evaluation.sheet import label_strip, tile
+    from truepose_core.mannequin import BOTTOM_PATTERNS, TOP_PATTERNS, sample_identities
+    from truepose_core.mannequin.world import split_seed
+    from truepose_core.parsing import HumanParsing
+    from truepose_core.skeleton import draw_skeleton
+
+    height, width = opened.pipe.model.config.size
+    scale = max(1, round(HEIGHT / height))
+    large = (height * scale, width * scale)
+    strips: list[Tensor] = []
+    pairs: list[dict[str, Any]] = []
+    with tqdm(total=len(SCENES) * steps, desc="demo", unit="step") as bar:
+        for scene in SCENES:
+            views = render_person(scene.person, (scene.source, *scene.targets), large)
+            source, targets = views.select([0]), views.select([1, 2])
+            truth = avg_pool2d(targets.image, scale)
+            mask = area_masks(HumanParsing(avg_pool2d(targets.parsing, scale)))["foreground"]
+            before = time.perf_counter()
+            result = opened.pipe(
+                source.image,
+                targets.keypoints,
+                HumanParsing(source.parsing),
+                source.keypoints,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                seed=seed,
+                callback_on_step_end=progress(bar),
+            ).images
+            seconds = (time.perf_counter() - before) / len(scene.targets)
+            ours = foreground_psnr(result, truth, mask)
+            copied = foreground_psnr(avg_pool2d(source.image, scale).expand_as(truth), truth, mask)
+            person = sample_identities([scene.person], split_seed("test", 0))
+            top, bottom = TOP_PATTERNS[int(person.top_pattern)], BOTTOM_PATTERNS[int(person.bottom_pattern)]
+            for pose, a, b in zip(scene.targets, ours, copied, strict=True):
+                pairs.append(
+                    {
+                        "person": scene.person,
+                        "top": top,
+                        "bottom": bottom,
+                        "source_pose": scene.source,
+                        "target_pose": pose,
+                        "foreground_psnr": a,
+                        "copy_foreground_psnr": b,
+                        "seconds": round(seconds, 4),
+                    }
+                )
+            shown = [source.image[0]]
+            words = [f"{top}, {scene.source}"]
+            # Result and truth have the same pixels, so that the eye compares like with like.
+            enlarged = [interpolate(x, large, mode="bicubic").clamp(0, 1) for x in (result, truth)]
+            skeletons = draw_skeleton(targets.keypoints, *large)
+            for i, pose in enumerate(scene.targets):
+                shown += [skeletons[i], enlarged[0][i], enlarged[1][i]]
+                words += [pose, f"{ours[i]:.1f} dB", f"copying: {copied[i]:.1f} dB"]
+            row = tile([shown])
+            if not strips:
+                strips.append(label_strip(["source", *["skeleton", "result", "truth"] * 2], row.shape[-1]))
+            strips += [row, label_strip(words, row.shape[-1])]
+    note = (
+        f"result and truth at {width}x{height} pixels, enlarged; dB is PSNR on the person, "
+        f"copying that of the source as it is; model: {Path(opened.name).name}"
+    )
+    strips.append(label_strip([note], strips[0].shape[-1]))
+    return torch.cat(strips, 2), pairs
+
+
+def foreground_psnr(images: Tensor, truth: Tensor, mask: Tensor) -> list[float]:
+    """PSNR in dB over the masked pixels and all colours, one per picture.
+
+    images, truth: [B, 3, H, W] in [0, 1]; mask: bool [B, H, W]. The evaluation's `masked_psnr`, without its library.
+    """
+    values = []
+    for image, true, pixels in zip(images, truth, mask, strict=True):
+        error = (image[:, pixels].double() - true[:, pixels].double()).square().mean()
+        values.append(float(-10 * error.clamp(min=1e-6).log10()))
+    return values
+
+
+def render_person(person: int, poses: tuple[str, ...], size: tuple[int, int]) -> Rendering:
+    """A person of the test split in ready poses, at (height, width), on the CPU."""
+    import torch
+
+    from truepose_core.mannequin import BodyPoses, ready_poses, render, sample_identities
+    from truepose_core.mannequin.world import split_seed
+
+    ready = ready_poses()
+    people = sample_identities([person] * len(poses), split_seed("test", 0))
+    chosen = BodyPoses(
+        torch.cat([ready[name].theta for name in poses]), torch.cat([ready[name].camera for name in poses])
+    )
+    return render(people, chosen, *size)
+
+
+def input_names(poses: list[str]) -> list[str]:
+    """The files of DIR/inputs."""
+    return ["person.png", "person-parsing.png", "person-pose.json", *(f"{file_name(pose)}.json" for pose in poses)]
+
+
+def file_name(pose: str) -> str:
+    """A ready pose's name as a file name."""
+    return pose.replace(" ", "-")
+
+
+def render_inputs() -> dict[str, Any]:
+    """File name -> picture [1, 3, H, W] or JSON text: one person in the first pose, and every ready pose."""
+    import json
+
+    from truepose_core.mannequin import ready_poses
+    from truepose_core.parsing import HumanParsing
+    from truepose_core.pose import Person, Pose, write_pose
+
+    names = list(ready_poses())
+    size = (HEIGHT, HEIGHT * 3 // 4)
+    views = render_person(SCENES[1].person, tuple(names), size)
+    poses = [
+        json.dumps(write_pose(Pose(size[1], size[0], (Person(body.numpy()),))), indent=1) for body in views.keypoints
+    ]
+    labels = HumanParsing(views.parsing[:1]).labels()
+    files = {
+        "person.png": views.image[:1],
+        "person-parsing.png": HumanParsing.from_labels(labels).preview(),
+        "person-pose.json": poses[0],
+    }
+    return files | {f"{file_name(name)}.json": text for name, text in zip(names, poses, strict=True)}
+
+
+def _write(
+    sheet: Tensor,
+    report: dict[str, Any],
+    inputs: dict[str, Any],
+    sheet_path: Path,
+    report_path: Path,
+    overwrite: bool,
+) -> None:
+    from truepose_core.images import atomic_write, save_image
+
+    folder = sheet_path.parent / INPUTS
+    make_folder(folder)
+    for name, content in inputs.items():
+        if isinstance(content, str):
+            atomic_write(folder / name, content, overwrite)
+        else:
+            save_image(content, folder / name, overwrite)
+    atomic_write(report_path, to_json(report) + "\n", overwrite)
+    save_image(sheet, sheet_path, overwrite)

@@ -1,0 +1,149 @@
+"""`truepose train`: every field of TrainingConfig is an option."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from truepose_core.cli.console import Console, check_folder, memory_text, number, peak_memory, whole
+from truepose_core.errors import TruePoseError
+
+HELP = "train a model on the mannequin world"
+DESCRIPTION = """\
+Train on the mannequin world, from scratch, on a CPU, a GPU, or several through accelerate.
+Needs: pip install "comfyui-truepose[train]"
+
+DIR holds weights.safetensors at the end (averaged, float16: what --model and truepose eval take), sample-*.png and
+TensorBoard curves on the way, and a checkpoint. Ctrl-C writes a checkpoint and stops; the same command goes on from
+there, to the same state as a run that was never stopped.
+"""
+EPILOG = """\
+examples:
+  truepose train --out run --steps 200 --sources 4                          a first look on a CPU, some minutes
+  truepose train --out run --row full --steps 20000 --precision bf16
+  accelerate launch --num_processes 2 -m truepose_core.cli train --out run
+  tensorboard --logdir run/curves
+  truepose eval --pairs 64 --rows copy mine --model mine=run/weights.safetensors
+"""
+
+MOST = 10**9
+
+# TrainingConfig's field -> (what reads it, placeholder, meaning).
+OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "row": (
+        str,
+        "ROW",
+        "what is trained: pose, concat, HPFA or HPFA+CAA, the rows of the table; or full, the bundled model",
+    ),
+    "steps": (whole(1, MOST), "N", "optimiser steps"),
+    "sources": (whole(1, 4096), "N", "people per step"),
+    "targets": (whole(1, 4096), "N", "target poses of each of them"),
+    "learning_rate": (number(), "LR", "AdamW's learning rate"),
+    "warmup": (whole(1, MOST), "N", "steps over which it rises from 0"),
+    "decay": (number(0, 1), "SHARE", "share of the steps, at the end, over which it falls to 0"),
+    "weight_decay": (number(), "X", "AdamW's weight decay"),
+    "ema": (number(0, 1), "X", "decay of the averaged weights, which are what is kept"),
+    "drop_source": (number(0, 1), "P", "how often the source alone is dropped, for guidance"),
+    "drop_all": (number(0, 1), "P", "how often source and pose are dropped together, for guidance"),
+    "alignment": (number(), "X", "weight of the alignment loss, where the model has CAA"),
+    "timestep_power": (number(0.01, 100), "X", "timesteps are drawn as u^X: 1 is uniform, less prefers noisy ones"),
+    "accumulate": (whole(1, MOST), "N", "batches summed up per step"),
+    "clip": (number(), "X", "largest norm of the gradient"),
+    "seed": (whole(0, 2**31), "N", "fixes weights, data and noise"),
+    "people": (whole(1, MOST), "N", "people held ready, rendered"),
+    "poses": (whole(2, 1 << 20), "N", "poses of each of them"),
+    "fresh": (whole(0, MOST), "N", "people replaced by new ones after each batch"),
+    "precision": (str, "KIND", "no (float32), fp16 or bf16 mixed precision"),
+    "sample_every": (whole(1, MOST), "N", "steps between sample sheets"),
+    "save_every": (whole(1, MOST), "N", "steps between checkpoints"),
+    "keep": (whole(1, MOST), "STEP", "steps whose averaged weights are written aside as weights-STEP.safetensors"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `truepose train`, with TrainingConfig's defaults."""
+    from truepose_core.training.train import TrainingConfig
+
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; made if need be")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout at the end")
+    group = parser.add_argument_group("the run")
+    for field in fields(TrainingConfig):
+        read, placeholder, meaning = OPTIONS[field.name]
+        several = isinstance(field.default, tuple)
+        default = "none" if field.default == () else field.default
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=read,
+            nargs="*" if several else None,
+            default=field.default,
+            metavar=placeholder,
+            help=f"{meaning} (default: {default})",
+        )
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Train, or go on training. Returns the report that --json prints."""
+    for library, extra in (("accelerate", ""), ("tensorboard", "[train]")):
+        if find_spec(library) is None:
+            raise TruePoseError(f'training needs {library}; install it with: pip install "comfyui-truepose{extra}"')
+    from truepose_core.training.train import Trainer, TrainingConfig, trainable
+
+    values = {field.name: getattr(args, field.name) for field in fields(TrainingConfig)}
+    config = TrainingConfig(**{**values, "keep": tuple(values["keep"])})
+    _check(config)
+    out = Path(args.out)
+    check_folder(out, ["weights.safetensors", "checkpoint/state.safetensors"] if not out.exists() else [], True)
+    if out.exists():
+        check_folder(out, ["weights.safetensors"], overwrite=True)
+    trainer = Trainer(config, out, quiet=args.quiet)
+    main = trainer.accelerator.is_main_process
+    if main:
+        start = f"going on from step {trainer.step}" if trainer.step else "from scratch"
+        console.say(
+            f"{config.row}, {trainable(trainer.model):,} weights, {config.steps} steps {start}, on "
+            f"{trainer.accelerator.num_processes} x {trainer.accelerator.device}"
+        )
+    try:
+        weights = trainer.run()
+    except KeyboardInterrupt:
+        saved = f"step {trainer.step} of {config.steps} is saved in {out / 'checkpoint'}"
+        raise KeyboardInterrupt(saved, "the same command goes on from there") from None
+    memory = peak_memory(trainer.accelerator.device)
+    report = {
+        "weights": str(weights),
+        "row": config.row,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "device": str(trainer.accelerator.device),
+        "processes": trainer.accelerator.num_processes,
+        **memory,
+    }
+    if main:
+        console.say(f"{trainer.seconds:.0f} s of training; {memory_text(memory)}\nwrote {weights}")
+        console.report(report)
+    return report
+
+
+def _check(config: Any) -> None:
+    """What only shows when options meet. Raises TruePoseError."""
+    _ = config.model  # an unknown row is an error of its own
+    if config.poses <= config.targets:
+        raise TruePoseError(
+            f"--poses {config.poses} leaves no pose for the source beside --targets {config.targets}; expected more "
+            "poses than targets"
+        )
+    if config.drop_source + config.drop_all > 1:
+        raise TruePoseError(
+            f"--drop-source {config.drop_source} and --drop-all {config.drop_all} make more than 1; lower one"
+        )
+    if config.precision not in ("no", "fp16", "bf16"):
+        raise TruePoseError(f"--precision {config.precision!r}; expected no, fp16 or bf16")
+    if config.precision == "fp16":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise TruePoseError("--precision fp16 needs a CUDA device; take bf16 or no")
