@@ -249,10 +249,11 @@ def test_peak_memory_of_a_child():
     assert augmented < masked / 2
 
 
-def test_a_child_that_dies_leaves_no_number(monkeypatch):
+def test_a_child_that_dies_leaves_no_number(monkeypatch, capsys):
     died = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: died)
     assert cpu_peaks([(Site(4, 1, 8, 1), 4, "masked")] * 2) == [None, None]
+    assert "ended with -9" in capsys.readouterr().err
 
 
 STEP_KEYS = {"model", "size", "tokens", "counted", "timed", "counted_region_match", "timed_region_match"}

@@ -70,8 +70,8 @@ def same_pose(pairs):
 
 def test_the_first_pairs_are_the_first_pairs(pairs):
     few = split_pairs(torch.arange(2, 4), SIZE)
-    assert torch.equal(few.source.image, pairs.source.image[2:4])
-    assert torch.equal(few.target.image, pairs.target.image[2:4])
+    assert torch.allclose(few.source.image, pairs.source.image[2:4], atol=1e-6)
+    assert torch.allclose(few.target.image, pairs.target.image[2:4], atol=1e-6)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -207,7 +207,7 @@ def test_json_has_no_nan_and_reads_back(report):
 
 
 def test_nothing_to_measure_is_none():
-    # Pair 1 shows nobody's face: the target is seen from behind.
+    # Nobody's face is seen from behind.
     index = next(i for i, name in enumerate(groups(split_pairs(30, SIZE))["view"]) if name.endswith("back"))
     report = evaluate(pairs=index + 1, rows=["copy"], quiet=True)
     back = next(part for name, part in report.breakdown["view"].items() if name.endswith("back"))
@@ -326,8 +326,9 @@ def test_a_sample_sheet_shows_source_and_truth_and_leaves_the_model_alone(pairs)
     sheet = sample_sheet(model, pairs=2, seed=3, steps=1, scale=1)
     assert sheet.shape == (1, 3, 2 * 66 + 2, 4 * 50 + 2)
     assert sheet.min() >= 0 and sheet.max() <= 1
-    assert torch.equal(sheet[0, :, 2:66, 2:50], pairs.source.image[0])
-    assert torch.equal(sheet[0, :, 68:132, 152:200], pairs.target.image[1])
+    assert torch.allclose(sheet[0, :, 2:66, 2:50], pairs.source.image[0], atol=1e-6)
+    # The renderer rounds differently in batches of another length, by 1e-8.
+    assert torch.allclose(sheet[0, :, 68:132, 152:200], pairs.target.image[1], atol=1e-6)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

@@ -15,6 +15,8 @@ from browser import Browser, find_browser  # noqa: E402
 from server import Host, Server, find_host  # noqa: E402
 
 HOST = find_host()
+# Files that only the host's Python can import; test_inside.py runs them there.
+collect_ignore = ["inside", "fixture_pack"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -51,7 +51,7 @@ def cuda_peak(site: Site, kept: int, how: str, device: torch.device, dtype: torc
 def cpu_peaks(cases: Iterable[tuple[Site, int, str]]) -> list[int | None]:
     """Peak bytes above the inputs of (site, kept, "augmented" or "masked") in float32, in one child process.
 
-    None where this system tells no high-water mark, or the child did not live to tell it.
+    None where this system tells no high-water mark, or the child did not live to tell it; then stderr says why.
     """
     text = json.dumps([(asdict(site), kept, how) for site, kept, how in cases])
     root = str(Path(__file__).parents[2])
@@ -64,6 +64,11 @@ def cpu_peaks(cases: Iterable[tuple[Site, int, str]]) -> list[int | None]:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         check=False,
     )
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or ["it was ended from outside, perhaps for lack of memory"]
+        print(
+            f"peak memory was not measured: the child process ended with {done.returncode}: {why[0]}", file=sys.stderr
+        )
     count = len(json.loads(text))
     lines = [json.loads(line) for line in done.stdout.split()]
     return (lines + [None] * count)[:count]
