@@ -59,7 +59,7 @@ def test_rows_that_drop_the_source_are_rows_without_one(fusion, caa):
 
 
 class Concatenated:
-    """AnimateAnyone's spatial attention, written out: keys and values of target and source hidden states side by side."""
+    """AnimateAnyone's spatial attention, written out: keys and values of target and source side by side."""
 
     def __init__(self, source):
         self.source = source

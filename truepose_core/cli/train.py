@@ -11,9 +11,10 @@ from typing import Any
 from truepose_core.cli.console import Console, check_folder, memory_text, number, peak_memory, whole
 from truepose_core.errors import TruePoseError
 
-HELP = "train a model on the mannequin world"
+HELP = "train a model, on the mannequin world or on pairs of photographs"
 DESCRIPTION = """\
-Train on the mannequin world, from scratch, on a CPU, a GPU, or several through accelerate.
+Train on the mannequin world from scratch, or on a folder of pairs from Stable Diffusion weights (--base, --data),
+on a CPU, a GPU, or several through accelerate.
 Needs: pip install "comfyui-truepose[train]"
 
 DIR holds weights.safetensors at the end (averaged, float16: what --model and truepose eval take), sample-*.png and
@@ -24,6 +25,7 @@ EPILOG = """\
 examples:
   truepose train --out run --steps 200 --sources 4                          a first look on a CPU, some minutes
   truepose train --out run --row full --steps 20000 --precision bf16
+  truepose train --out run --base stable-diffusion-v1-5 --data my-pairs --row HPFA --height 512 --width 384 --precision bf16
   accelerate launch --num_processes 2 -m truepose_core.cli train --out run
   tensorboard --logdir run/curves
   truepose eval --pairs 64 --rows copy mine --model mine=run/weights.safetensors
@@ -60,6 +62,15 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sample_every": (whole(1, MOST), "N", "steps between sample sheets"),
     "save_every": (whole(1, MOST), "N", "steps between checkpoints"),
     "keep": (whole(1, MOST), "STEP", "steps whose averaged weights are written aside as weights-STEP.safetensors"),
+    "base": (
+        str,
+        "FOLDER",
+        "a Stable Diffusion folder in diffusers format that both nets start from, instead of scratch",
+    ),
+    "data": (str, "DATA", "mannequin, or a folder with pairs.csv, images/, parsing/ and poses/"),
+    "height": (whole(0, 4096), "PX", "height of the training pictures; 0 is the model's own"),
+    "width": (whole(0, 4096), "PX", "width of the training pictures; 0 is the model's own"),
+    "gradient_checkpointing": (None, "", "less memory, more time"),
 }
 
 
@@ -73,10 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     for field in fields(TrainingConfig):
         read, placeholder, meaning = OPTIONS[field.name]
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            group.add_argument(name, action="store_true", help=f"{meaning} (default: off)")
+            continue
         several = isinstance(field.default, tuple)
-        default = "none" if field.default == () else field.default
+        default = "none" if field.default in ((), "") else field.default
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            name,
             type=read,
             nargs="*" if several else None,
             default=field.default,

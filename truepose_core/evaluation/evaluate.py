@@ -90,9 +90,9 @@ class Report:
         text = [
             _table(head, body),
             "",
-            f"{self.pairs} pairs of the test split at {width}x{height}, {self.steps} steps, seed {self.seed}, on "
-            f"{self.versions['device']}. PSNR in dB; pattern 0 to 1; more is better. The row regions is given the true "
-            "target parsing, no other row is.",
+            f"{self.pairs} pairs of the test split at {width}x{height} (width x height), {self.steps} steps, "
+            f"seed {self.seed}, on {self.versions['device']}. PSNR in dB; pattern 0 to 1; more is better. "
+            "The row regions is given the true target parsing, no other row is.",
         ]
         if details:
             for kind, parts in self.breakdown.items():
@@ -226,7 +226,7 @@ def _versions(device: torch.device | str) -> dict[str, str]:
     device = torch.device(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
-        where = f"cpu, {torch.get_num_threads()} threads"
+        where = f"cpu (threads: {torch.get_num_threads()})"
     libraries = {name: version(name) for name in ("torch", "diffusers", "torchmetrics")}
     return {"truepose": __version__, "python": platform.python_version(), **libraries, "device": where}
 

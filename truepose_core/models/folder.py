@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,36 +52,62 @@ def load_folder(
     Diffusion model does not see the pose except through HPFA's region match.
     Raises TruePoseError when a part is missing, not in safetensors, or weights are missing or unknown.
     """
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
     path = Path(path)
     target_net = _load(UNet2DConditionModel, path / "unet", dtype)
     source_net = target_net if source is None else _load(UNet2DConditionModel, Path(source) / "unet", dtype)
     if source is not None and dict(source_net.config)["block_out_channels"] != target_net.config.block_out_channels:
         raise TruePoseError(f"{source}/unet and {path}/unet have other widths; SourceNet and TargetNet must agree")
-    net = {k: v for k, v in dict(target_net.config).items() if not k.startswith("_")}
-    codec = VAECodec(_load(AutoencoderKL, path / "vae", dtype))
+    codec = load_vae(path, dtype)
     scheduler = _scheduler(path)
-    config = TruePoseConfig(
+    config = _config(target_net, codec, scheduler)
+    model = TruePoseModel(config, source_net=source_net, target_net=target_net, codec=codec)
+    if controlnet is not None:
+        model.controlnet = _load(ControlNetModel, Path(controlnet), dtype)
+    context, pooled = _encode_prompt(path, prompt, dtype)
+    return FolderModel(model.to(dtype).eval(), scheduler, context, pooled)
+
+
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> VAECodec:
+    """The VAE of a folder in diffusers format. Raises as `load_folder`."""
+    from diffusers import AutoencoderKL
+
+    return VAECodec(_load(AutoencoderKL, Path(path) / "vae", dtype))
+
+
+def _config(unet: Any, codec: VAECodec, scheduler: Any) -> TruePoseConfig:
+    """The training-free configuration of a folder: concatenation, and one beta for every head."""
+    net = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
+    side = net["sample_size"] if isinstance(net["sample_size"], int) else net["sample_size"][0]
+    schedule = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    return TruePoseConfig(
         family=family_of(net),
         unet=net,
         codec="vae",
         patch=codec.patch,
         fusion="concat",
         prediction_type=scheduler.config.get("prediction_type", "epsilon"),
-        scheduler={
-            k: scheduler.config[k]
-            for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-            if k in scheduler.config
-        },
-        size=(net["sample_size"] * codec.patch,) * 2 if isinstance(net["sample_size"], int) else (512, 512),
+        scheduler={k: scheduler.config[k] for k in schedule if k in scheduler.config},
+        size=(side * codec.patch, side * codec.patch),
         beta=TRAINING_FREE_BETA,
     )
-    model = TruePoseModel(config, source_net=source_net, target_net=target_net, codec=codec)
-    if controlnet is not None:
-        model.controlnet = _load(ControlNetModel, Path(controlnet), dtype)
-    context, pooled = _encode_prompt(path, prompt, dtype)
-    return FolderModel(model.to(dtype).eval(), scheduler, context, pooled)
+
+
+def trainable_from_folder(path: str | Path, fusion: str, size: tuple[int, int]) -> TruePoseModel:
+    """A TruePose model whose SourceNet and TargetNet start as two copies of the folder's UNet, with its VAE (frozen).
+
+    fusion: "none", "concat" or "hpfa", which starts as concatenation (beta = gamma = lambda = 0). size: (height, width)
+    of the training pictures in pixels. The pose encoder starts at zero. Raises as `load_folder`.
+    """
+    from diffusers import UNet2DConditionModel
+
+    path = Path(path)
+    target_net = _load(UNet2DConditionModel, path / "unet", torch.float32)
+    codec = load_vae(path)
+    config = replace(_config(target_net, codec, _scheduler(path)), fusion=fusion, size=size, beta=0.0)
+    source_net = None if fusion == "none" else copy.deepcopy(target_net)
+    return TruePoseModel(config, source_net=source_net, target_net=target_net, codec=codec)
 
 
 def _load(kind: type, path: Path, dtype: torch.dtype) -> Any:

@@ -93,9 +93,10 @@ def _open(path: str | Path, with_tensors: bool = False) -> tuple[dict[str, str],
     return metadata, tensors
 
 
-def load_model(path: str | Path = BUNDLED, *, verify: bool = False) -> TruePoseModel:
+def load_model(path: str | Path = BUNDLED, *, verify: bool = False, vae: str | Path | None = None) -> TruePoseModel:
     """Load a model file ("bundled" for the one that ships), in float32, ready for inference.
 
+    vae: a folder in diffusers format whose vae/ a model that was trained on latents needs.
     verify: also compare the weights with the hash in the metadata. Raises TruePoseError when the file is missing,
     damaged, of another architecture, or when a weight is missing, unknown or of another shape.
     """
@@ -109,7 +110,17 @@ def load_model(path: str | Path = BUNDLED, *, verify: bool = False) -> TruePoseM
         )
     if verify and weights_hash(tensors) != metadata.get("sha256"):
         raise TruePoseError(f"{path}: the weights do not match the hash in their metadata; the file was changed")
-    model = TruePoseModel(TruePoseConfig.from_json(metadata["config"]))
+    if "config" not in metadata:
+        raise TruePoseError(f"{path} does not say its configuration in its metadata; get or make it again")
+    config = TruePoseConfig.from_json(metadata["config"])
+    codec = None
+    if config.codec == "vae":
+        from truepose_core.models.folder import load_vae
+
+        if vae is None:
+            raise TruePoseError(f"{path} was trained on the latents of a VAE; name the folder that has it (vae=...)")
+        codec = load_vae(vae)
+    model = TruePoseModel(config, codec=codec)
     load_strict(model, tensors, str(path), ignore=("codec.",))
     return model.eval()
 

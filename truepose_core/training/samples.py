@@ -1,4 +1,4 @@
-"""Sample sheets: what a model makes of the first people of the test split, while it trains."""
+"""Sample sheets: what a model makes of the first people of the test split (or of given pairs), while it trains."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
     from truepose_core.models.model import TruePoseModel
+    from truepose_core.training.data import TrainingBatch
 
 
-def sample_sheet(model: TruePoseModel, pairs: int, seed: int, steps: int = 8, scale: int = 3) -> Tensor:
+def sample_sheet(
+    model: TruePoseModel, pairs: int, seed: int, steps: int = 8, scale: int = 3, batch: TrainingBatch | None = None
+) -> Tensor:
     """A sheet with one row per pair: source | skeleton | result | truth.
 
-    pairs: how many rows; they are the first pairs of the test split. seed: of the sampling noise.
+    pairs: how many rows; they are the first pairs of the mannequin world's test split. batch: the pairs to show instead
+    of those, one target for each source. seed: of the sampling noise.
     steps: sampling steps. scale: pixels are enlarged by this whole number.
     Returns [1, 3, H, W] float in [0, 1] on the CPU.
     The model samples in evaluation mode and is left in the mode it was in; no global random state is used.
@@ -26,21 +30,31 @@ def sample_sheet(model: TruePoseModel, pairs: int, seed: int, steps: int = 8, sc
     from truepose_core.parsing import HumanParsing
     from truepose_core.pipeline import TruePosePipeline
     from truepose_core.skeleton import draw_skeleton
+    from truepose_core.training.data import TrainingBatch
 
     if pairs < 1 or scale < 1:
         raise TruePoseError(f"a sample sheet of {pairs} pairs at scale {scale}; expected at least 1 of both")
-    batch = split_pairs(pairs, model.config.size)
-    source, target = batch.source, batch.target
+    if batch is None:
+        people = split_pairs(pairs, model.config.size)
+        source, target = people.source, people.target
+        batch = TrainingBatch(
+            source.image,
+            HumanParsing(source.parsing),
+            source.keypoints,
+            target.image,
+            HumanParsing(target.parsing),
+            target.keypoints,
+        )
     pipe = TruePosePipeline.from_model(model)
     pipe.set_progress_bar_config(disable=True)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         result = pipe(
-            source.image,
-            target.keypoints,
-            HumanParsing(source.parsing),
-            source.keypoints,
+            batch.source_image,
+            batch.target_body,
+            batch.source_parsing,
+            batch.source_body,
             num_inference_steps=steps,
             seed=seed,
         ).images
@@ -48,6 +62,6 @@ def sample_sheet(model: TruePoseModel, pairs: int, seed: int, steps: int = 8, sc
         # Module by module: frozen parts may have been in evaluation mode before.
         for module, training in modes.items():
             module.training = training
-    skeleton = draw_skeleton(target.keypoints, *model.config.size)
-    columns = (source.image, skeleton, result, target.image)
+    skeleton = draw_skeleton(batch.target_body, *model.config.size)
+    columns = (batch.source_image, skeleton, result, batch.target_image)
     return tile([list(row) for row in zip(*columns, strict=True)], scale)

@@ -12,13 +12,14 @@ Timesteps are drawn with density proportional to t^(1/power - 1); power 1 is uni
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from torch.nn.functional import adaptive_avg_pool2d, pixel_unshuffle
 
 from truepose_core.errors import TruePoseError
 from truepose_core.models.codec import PixelCodec
-from truepose_core.models.config import TruePoseConfig, mannequin_config
+from truepose_core.models.config import mannequin_config
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.store import load_strict, save_model
 from truepose_core.regions import Region
 from truepose_core.skeleton import draw_skeleton
 from truepose_core.training.data import MannequinPool, TrainingBatch
+from truepose_core.training.folder import FolderPairs
 
 REGION_LOSS = {
     Region.BACKGROUND: 0.5,
@@ -52,6 +54,8 @@ class TrainingConfig:
 
     row: "pose", "concat", "HPFA" or "HPFA+CAA". steps: optimiser steps. sources, targets: people per step and target
     poses of each. keep: steps after which the averaged weights are written aside (for a table at equal budget).
+    base: a Stable Diffusion folder whose UNet both nets start from, or "" for random weights. data: "mannequin", or a
+    folder of pairs (`FolderPairs`). height, width: of the training pictures; 0 is the model's own size.
     decay: share of the steps, at the end, over which the learning rate falls to zero.
     """
 
@@ -78,12 +82,30 @@ class TrainingConfig:
     sample_every: int = 250
     save_every: int = 250
     keep: tuple[int, ...] = ()
+    base: str = ""
+    data: str = "mannequin"
+    height: int = 0
+    width: int = 0
+    gradient_checkpointing: bool = False
 
-    @property
-    def model(self) -> TruePoseConfig:
+    def build(self) -> TruePoseModel:
+        """The model at the start of training: random weights, or those of the base folder."""
         if self.row not in ROWS:
             raise TruePoseError(f"unknown row {self.row!r}; expected one of {', '.join(ROWS)}")
-        return ROWS[self.row]()
+        config = ROWS[self.row]()
+        if bool(self.height) != bool(self.width):
+            raise TruePoseError(f"height is {self.height} and width {self.width}; give both, or neither")
+        size = (self.height, self.width) if self.height else None
+        if not self.base:
+            return TruePoseModel(config if size is None else replace(config, size=size))
+        if config.caa is not None:
+            raise TruePoseError(
+                f"row {self.row} trains a CLIP tower from scratch, which a base folder has no use for; "
+                "with --base take pose, concat or HPFA"
+            )
+        from truepose_core.models.folder import trainable_from_folder
+
+        return trainable_from_folder(self.base, config.fusion, size or (512, 384))
 
 
 ROWS = {
@@ -160,8 +182,12 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         torch.manual_seed(config.seed)
-        model_config = config.model
-        self.model = TruePoseModel(model_config)
+        self.model = config.build()
+        model_config = self.model.config
+        if config.gradient_checkpointing:
+            for net in (self.model.source_net, self.model.target_net):
+                if net is not None:
+                    net.enable_gradient_checkpointing()
         self.scheduler = DDPMScheduler(**model_config.scheduler, prediction_type=model_config.prediction_type)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -172,15 +198,20 @@ class Trainer:
         self._resume()
         self.ema.to(self.accelerator.device)
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.pool = MannequinPool(
-            config.people,
-            config.poses,
-            model_config.size,
-            seed=config.seed,
-            fresh=config.fresh,
-            step=self.step * config.accumulate,
-            device=self.accelerator.device,
-        )
+        start = self.step * config.accumulate
+        self.pool: MannequinPool | FolderPairs
+        if config.data == "mannequin":
+            self.pool = MannequinPool(
+                config.people,
+                config.poses,
+                model_config.size,
+                seed=config.seed,
+                fresh=config.fresh,
+                step=start,
+                device=self.accelerator.device,
+            )
+        else:
+            self.pool = FolderPairs(config.data, model_config.size, seed=config.seed, step=start)
 
     @property
     def _checkpoint(self) -> Path:
@@ -302,16 +333,15 @@ class Trainer:
 
     def averaged(self) -> TruePoseModel:
         """A copy of the model with the averaged weights, in evaluation mode."""
-        model = TruePoseModel(self.model.config)
-        model.load_state_dict(self.model.state_dict())
+        model = copy.deepcopy(self.model)
         self.ema.copy_to(p for p in model.parameters() if p.requires_grad)
-        return model.to(self.accelerator.device).eval()
+        return model.eval()
 
     def export(self, path: Path) -> Path:
         """Write the averaged weights in float16, with the story of the run in the metadata."""
         story = {
             **asdict(self.config),
-            "data": f"mannequin world, train split, {self.model.config.size[1]}x{self.model.config.size[0]}",
+            "size": list(self.model.config.size),
             "steps_done": self.step,
             "seconds": round(self.seconds),
             "device": str(self.accelerator.device),
@@ -322,13 +352,14 @@ class Trainer:
         return path
 
     def _sample(self, writer: Any) -> None:
-        """A sample sheet: source | skeleton | result | truth, on people of the test split."""
+        """A sample sheet: source | skeleton | result | truth, on people of the test split or on the folder's own pairs."""
         if writer is None:
             return
         from truepose_core.images import save_image
         from truepose_core.training.samples import sample_sheet
 
-        sheet = sample_sheet(self.averaged(), pairs=8, seed=self.config.seed)
+        own = self.pool.batch(8, 1) if isinstance(self.pool, FolderPairs) else None
+        sheet = sample_sheet(self.averaged(), pairs=8, seed=self.config.seed, batch=own)
         save_image(sheet, self.out / f"sample-{self.step:06d}.png", overwrite=True)
         writer.add_image("samples", sheet[0], self.step)
 
@@ -343,7 +374,11 @@ class Trainer:
         folder = self._checkpoint
         folder.mkdir(exist_ok=True)
         parameters = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        tensors = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
+        tensors = {
+            f"model.{k}": v.detach().cpu().contiguous().clone()
+            for k, v in self.model.state_dict().items()
+            if not k.startswith("codec.")
+        }
         for name, average in zip(parameters, self.ema.shadow_params, strict=True):
             tensors[f"ema.{name}"] = average.detach().cpu().contiguous().clone()
         state = self.optimizer.state_dict()["state"]
@@ -382,7 +417,7 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-        load_strict(self.model, part("model."), str(path))
+        load_strict(self.model, part("model."), str(path), ignore=("codec.",))
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         averages = part("ema.")
         self.ema.shadow_params = [averages[n].clone() for n, _ in named]
