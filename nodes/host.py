@@ -1,4 +1,6 @@
-"""The one room that knows ComfyUI's inside: reading a source with a MODEL, and patching a MODEL with HPFA.
+"""ComfyUI's inside, first part: reading a source with a MODEL, and patching a MODEL with HPFA.
+
+(host_model.py makes MODELs of TruePose files, host_guider.py samples. No other file knows the host's inside.)
 
 Reading (`read_source`): one UNet pass over the clean source latent at timestep 0, through the host's own sampling
 path, so that loading, offload, latent scaling, data types and LoRA are the host's.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from truepose_core.alignment.skeleton_prior import body_coordinates
+from truepose_core.attention.caa import RegionTokens, caa_attention
 from truepose_core.attention.hpfa import (
     SourceTokens,
     augment,
@@ -42,6 +45,12 @@ from truepose_core.parsing import HumanParsing
 
 KEY = "truepose_hpfa"
 AREAS = "truepose_areas"
+POSE_KEY = "truepose_pose"
+GUIDANCE = "truepose_guidance"
+NOTHING, POSE_ONLY = "nothing", "pose"
+"""What a call of the guider may see; without a word it sees all."""
+SELF_INPUT, CROSS_INPUT = "truepose_self_input", "truepose_cross_input"
+"""Where a block's patches leave its attentions' inputs for each other, in the options of that block alone."""
 BLOCKS = ("all", "encoder", "middle", "decoder", "middle and decoder")
 _PARTS = {
     "all": ("input", "middle", "output"),
@@ -71,8 +80,44 @@ class HostFeatures(SourceFeatures):
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache that evicts by memory."""
-        masks = self.parsing.masks
-        return self.nbytes + masks.numel() * masks.element_size()
+        more = [self.parsing.masks, self.image, None if self.caa is None else self.caa.tokens]
+        return self.nbytes + sum(x.numel() * x.element_size() for x in more if x is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteWeights:
+    """How HPFA matches at one site: beta, gamma (a number or [H], >= 0), region_log_weight [H, 7] or None."""
+
+    beta: float | Tensor
+    gamma: float | Tensor
+    region_log_weight: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CrossTokens:
+    """CAA's region tokens at one site: k, v [S, H, T, D], regions [T, 7] one-hot, shown [S, T], kappa [H], scale []."""
+
+    k: Tensor
+    v: Tensor
+    regions: Tensor
+    shown: Tensor
+    kappa: Tensor
+    scale: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> CrossTokens:
+        """The same on a device; which tokens are shown stays a mask."""
+        k, v, regions, kappa, scale = (
+            x.to(device=device, dtype=dtype) for x in (self.k, self.v, self.regions, self.kappa, self.scale)
+        )
+        return CrossTokens(k, v, regions, self.shown.to(device), kappa, scale)
+
+    def rows(self, index: Tensor) -> CrossTokens:
+        """Sources chosen or repeated by index [B]."""
+        return CrossTokens(self.k[index], self.v[index], self.regions, self.shown[index], self.kappa, self.scale)
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[0]
 
 
 # ---------------------------------------------------------------------------------------------- what a model is
@@ -83,8 +128,8 @@ def site_name(block: Block) -> str:
     return ".".join(str(part) for part in block)
 
 
-def self_attentions(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Module]]:
-    """Site name -> (the host's block, its attn1), in the order of the forward pass."""
+def transformer_blocks(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Module]]:
+    """Site name -> (the host's block, its module) of blocks with self-attention, in the order of the forward pass."""
     found: dict[str, tuple[Block, torch.nn.Module]] = {}
     middle = [] if unet.middle_block is None else [unet.middle_block]
     for part, layers in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
@@ -95,8 +140,13 @@ def self_attentions(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Module]]
                 for index, block in enumerate(module.transformer_blocks):
                     if not block.disable_self_attn:
                         at = (part, number, index)
-                        found[site_name(at)] = (at, block.attn1)
+                        found[site_name(at)] = (at, block)
     return found
+
+
+def self_attentions(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Module]]:
+    """Site name -> (the host's block, its attn1)."""
+    return {site: (at, block.attn1) for site, (at, block) in transformer_blocks(unet).items()}
 
 
 def unet_of(model: object, what: str) -> UNetModel:
@@ -115,8 +165,12 @@ def unet_of(model: object, what: str) -> UNetModel:
 
 
 def family_of(model: object) -> str:
-    """Which models can share sources: "sd15", "sd21", "sdxl", or the configuration's own name."""
+    """Which models can share sources: "sd15", "sd21", "sdxl", a TruePose model's own, or the configuration's name."""
     config = model.model.model_config
+    # Asked through vars: the host's configurations warn about every name that they do not have.
+    own = vars(config).get("truepose_family")
+    if own is not None:
+        return own
     widths = {768: "sd15", 1024: "sd21", 2048: "sdxl", 1280: "sdxl-refiner"}
     return widths.get(config.unet_config.get("context_dim"), type(config).__name__.lower())
 
@@ -176,13 +230,24 @@ def read_source(
     parsing: HumanParsing,
     conditioning: list | None = None,
     body: Tensor | None = None,
+    *,
+    caa: RegionTokens | None = None,
+    cross: Mapping[str, CrossTokens] | None = None,
+    image: Tensor | None = None,
 ) -> HostFeatures:
     """Read the source person once: the normed hidden state in front of every self-attention.
 
-    model: a MODEL (LoRA and other patches of it stay in force, HPFA is taken off). latent: [B, C, h, w] as the VAE
-    gives it. parsing: of the same pictures. conditioning: CONDITIONING or None for zeros. body: [B, 18, 3].
+    model: a MODEL (LoRA and other patches of it stay in force, HPFA and pose are taken off). latent: [B, C, h, w] as
+    the VAE gives it. parsing: of the same pictures. conditioning: CONDITIONING or None for zeros. body: [B, 18, 3].
+    caa: the region tokens, which travel on; cross: the same for each site of this model, which reads them.
+    image: kept for models that carry the source along the skeleton.
     """
-    unet_of(model, "the model")
+    unet = unet_of(model, "the model")
+    channels = model.model.latent_format.latent_channels
+    if latent.shape[1] != channels:
+        raise TruePoseError(
+            f"the VAE gives {latent.shape[1]} channels and the model reads {channels}; connect the VAE of that model"
+        )
     if not bool(latent.isfinite().all()):
         raise TruePoseError(
             "the source's latent holds NaN: the VAE overflowed. Start ComfyUI with --fp32-vae or use another VAE"
@@ -209,15 +274,53 @@ def read_source(
         patches = dict(options.get("patches", {}))
         # In front of the others, so that what is stored is what the block was given.
         patches["attn1_patch"] = [record, *patches.get("attn1_patch", [])]
+        if cross:
+            put = {site: tokens.to(x.device, x.dtype) for site, tokens in cross.items()}
+            reads = _SourceCross(put, {site: block.attn2 for site, (_, block) in transformer_blocks(unet).items()})
+            patches["attn2_patch"] = [*patches.get("attn2_patch", []), keep_cross_input]
+            patches["attn2_output_patch"] = [*patches.get("attn2_output_patch", []), reads]
         options["patches"] = patches
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
-    reader = without_hpfa(model)
+    reader = without_pose(without_hpfa(model))
     reader.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "truepose_source", wrapper)
     guider = comfy.samplers.CFGGuider(reader)
     guider.inner_set_conds({"positive": _source_conditioning(model, latent, conditioning)})
     guider.sample(torch.zeros_like(latent), latent, _ReadOnce(), torch.zeros(1), disable_pbar=True)
-    return HostFeatures(family_of(model), sites, (latent.shape[2], latent.shape[3]), parsing, body)
+    return HostFeatures(family_of(model), sites, (latent.shape[2], latent.shape[3]), parsing, body, caa, image)
+
+
+def keep_self_input(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """An attn1 patch: leave the self-attention's input for CAA's alignment, which asks with attn2's queries."""
+    extra[SELF_INPUT] = n
+    return n, context, value
+
+
+def keep_cross_input(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """An attn2 patch: leave the cross-attention's input for the second cross-attention, beside it."""
+    extra[CROSS_INPUT] = n
+    return n, context, value
+
+
+def beside_attention(attn2: torch.nn.Module, x: Tensor, cross: CrossTokens, prior: Tensor | None) -> Tensor:
+    """lambda CrossAttn(x, E) as it leaves the block's to_out: the output projection is linear, so what another node
+    puts in attn2's place stays and this is added to it. x: [B, N, C]; cross: B rows; prior: [B, N, 7] or None."""
+    q = _heads(attn2.to_q(x), attn2.heads)
+    out, _ = caa_attention(q, cross.k, cross.v, cross.regions, cross.shown, prior=prior, kappa=cross.kappa)
+    out = cross.scale * _merge(out)
+    # Without the bias, which the block's own output has already.
+    return attn2.to_out(out) - attn2.to_out(torch.zeros_like(out[:1, :1]))
+
+
+class _SourceCross:
+    """The attn2 output patch of the source's pass: every row reads its own region tokens."""
+
+    def __init__(self, cross: Mapping[str, CrossTokens], modules: Mapping[str, torch.nn.Module]) -> None:
+        self.cross, self.modules = cross, modules
+
+    def __call__(self, n: Tensor, extra: dict) -> Tensor:
+        site = site_name((*extra["block"], extra["block_index"]))
+        return n + beside_attention(self.modules[site], extra.pop(CROSS_INPUT), self.cross[site], None)
 
 
 # ------------------------------------------------------------------------------------------------ the patch
@@ -230,6 +333,10 @@ class AppliedSource:
     omega: weight per region, 7 numbers in [0, 1]. beta, gamma: region match and body match, >= 0. strength: (0, 1].
     sigmas: (highest, lowest) noise at which it works, or None for always. blocks: one of `BLOCKS`.
     keep_unconditional: whether negative rows see the source too. target: P, or None. target_body: [T, 18, 3].
+
+    From a TruePose model's adapter: weights per site take the place of beta and gamma; cross are CAA's region tokens per
+    site, which also give P unless the target parsing is `given`; aligned is what the carried source adds after conv_in
+    and to the prediction, [T, C, h, w] each.
     """
 
     source: SourceFeatures
@@ -242,6 +349,10 @@ class AppliedSource:
     keep_unconditional: bool = False
     target: HumanParsing | None = None
     target_body: Tensor | None = None
+    weights: Mapping[str, SiteWeights] | None = None
+    cross: Mapping[str, CrossTokens] = field(default_factory=dict)
+    given: bool = False
+    aligned: tuple[Tensor, Tensor] | None = None
     kept: dict[str, tuple[Tensor, Tensor] | None] = field(init=False, repr=False)
     _copies: dict = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
@@ -275,9 +386,31 @@ class AppliedSource:
 
     @property
     def matches(self) -> bool:
-        """Whether logits depend on the target's position."""
-        regions = self.beta > 0 and self.target is not None
-        return regions or (self.gamma > 0 and self.target_body is not None and self.source.body is not None)
+        """Whether anything depends on the target's position."""
+        return (
+            (self.has_beta and self.target is not None)
+            or (self.has_gamma and self.target_body is not None and self.source.body is not None)
+            or bool(self.cross)
+            or self.aligned is not None
+        )
+
+    @property
+    def has_beta(self) -> bool:
+        """Whether region match is on at any site."""
+        return self.beta > 0 if self.weights is None else any(_is_on(w.beta) for w in self.weights.values())
+
+    @property
+    def has_gamma(self) -> bool:
+        """Whether body match is on at any site."""
+        return self.gamma > 0 if self.weights is None else any(_is_on(w.gamma) for w in self.weights.values())
+
+    def aligns(self) -> bool:
+        """Whether P comes from CAA."""
+        return bool(self.cross) and not self.given and self.has_beta
+
+    def site_weights(self, site: str) -> SiteWeights:
+        """How this site matches."""
+        return SiteWeights(self.beta, self.gamma) if self.weights is None else self.weights[site]
 
     def in_window(self, sigma: Tensor | None) -> bool:
         """Whether it works at this noise level. Without a window the sigma is not read: that would wait for the GPU."""
@@ -305,8 +438,10 @@ class AppliedSource:
 
     def _copy(self, device: torch.device, dtype: torch.dtype, site: str) -> _Kept:
         tokens, kept = self.source.sites[site], self.kept[site]
-        rows = self.source.regions(site) if self.beta > 0 and self.target is not None else None
-        body = self.source.coordinates(site) if self.gamma > 0 and self.target_body is not None else None
+        how, cross = self.site_weights(site), self.cross.get(site)
+        matched = _is_on(how.beta) and (self.target is not None or cross is not None)
+        rows = self.source.regions(site) if matched or how.region_log_weight is not None else None
+        body = self.source.coordinates(site) if _is_on(how.gamma) and self.target_body is not None else None
         log_w = None
         if kept is not None:
             index, log_w = kept
@@ -319,11 +454,26 @@ class AppliedSource:
         if log_w is not None and not bool((log_w != 0).any()):
             log_w = None
 
-        def put(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
-            return None if x is None else x.to(device=device, dtype=kind)
+        def put(x: float | Tensor | None, kind: torch.dtype = torch.float32) -> float | Tensor | None:
+            return x.to(device=device, dtype=kind) if isinstance(x, Tensor) else x
 
         # Weights and coordinates stay float32 here: they are rounded once, when they enter the keys.
-        return _Kept(put(tokens, dtype), *(put(x, torch.float32) for x in (rows, log_w, body)))
+        return _Kept(
+            put(tokens, dtype),
+            put(rows),
+            put(log_w),
+            put(body),
+            SiteWeights(put(how.beta), put(how.gamma), put(how.region_log_weight)),
+            None if cross is None else cross.to(device, dtype),
+        )
+
+    def aligned_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The two parts of `aligned` on the device."""
+        key = (device, dtype, "")
+        with self._lock:
+            if key not in self._copies:
+                self._copies[key] = tuple(x.to(device=device, dtype=dtype) for x in self.aligned)
+            return self._copies[key]
 
     def release(self) -> None:
         """Free the device copies."""
@@ -333,12 +483,18 @@ class AppliedSource:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one site reads: tokens [S, K, C], regions [S, K, 7], log_w [S, K], body [S, K, 3] (or None)."""
+    """What one site reads: tokens [S, K, C], regions [S, K, 7], log_w [S, K], body [S, K, 3] (or None), and how."""
 
     tokens: Tensor
     regions: Tensor | None
     log_w: Tensor | None
     body: Tensor | None
+    how: SiteWeights
+    cross: CrossTokens | None
+
+
+def _is_on(strength: float | Tensor) -> bool:
+    return bool((strength > 0).any()) if isinstance(strength, Tensor) else strength > 0
 
 
 class HPFAPatch:
@@ -363,11 +519,13 @@ class HPFAPatch:
     ) -> Tensor:
         """The `DIFFUSION_MODEL` wrapper."""
         options = {} if transformer_options is None else transformer_options
-        active = [a for a in self.applied if a.in_window(options.get("sigmas"))]
-        if active:
-            call = _Call(active, x, options)
-            options = call.install(executor.class_obj)
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+        hidden = options.get(GUIDANCE) in (NOTHING, POSE_ONLY)
+        active = [] if hidden else [a for a in self.applied if a.in_window(options.get("sigmas"))]
+        if not active:
+            return executor(x, timesteps, context, y, control, options, **kwargs)
+        call = _Call(active, x, options)
+        options = call.install(executor.class_obj)
+        return call.carried(executor(x, timesteps, context, y, control, options, **kwargs), 1)
 
     def on_cond_batch(
         self, executor: Callable, model: object, conds: list, x: Tensor, timestep: Tensor, options: dict
@@ -447,6 +605,69 @@ def _patched(model: object, patch: HPFAPatch | None) -> object:
     return clone
 
 
+class PosePatch:
+    """The pose of a model: what is added after conv_in, [T, C0, h, w]. Never changed once made."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        self.embedding = embedding
+
+    def __deepcopy__(self, memo: dict) -> PosePatch:
+        return self
+
+    def on_model_call(
+        self,
+        executor: Callable,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: object = None,
+        transformer_options: dict | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """The `DIFFUSION_MODEL` wrapper."""
+        options = {} if transformer_options is None else transformer_options
+        if options.get(GUIDANCE) != NOTHING:
+            options = {**options, "patches": _with_patches(options, {"input_block_patch": [self._add]})}
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+    def _add(self, h: Tensor, options: dict) -> Tensor:
+        if options["block"] != ("input", 0):
+            return h
+        chunks = len(options.get("cond_or_uncond") or [0])
+        count, size = self.embedding.shape[0], tuple(self.embedding.shape[2:])
+        if tuple(h.shape[2:]) != size:
+            raise TruePoseError(
+                f"the latent is {h.shape[3]}x{h.shape[2]} cells and this TruePose model makes pictures of "
+                f"{size[1]}x{size[0]} cells; connect Empty TruePose Latent"
+            )
+        rows, rest = divmod(h.shape[0], chunks)
+        if rest or rows % count:
+            raise TruePoseError(
+                f"there are {count} target poses and {h.shape[0] // chunks} latents in the batch; "
+                "expected 1 pose or a number that divides the latents"
+            )
+        index = _row_index(count, h.shape[0], chunks, self.embedding.device)
+        return h + self.embedding[index].to(h)
+
+
+def with_pose(model: object, embedding: Tensor) -> object:
+    """A clone of MODEL that makes its pictures in this pose; another pose on it is replaced."""
+    patch = PosePatch(embedding)
+    clone = without_pose(model)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, POSE_KEY, patch.on_model_call)
+    clone.set_attachments(POSE_KEY, patch)
+    return clone
+
+
+def without_pose(model: object) -> object:
+    """A clone of MODEL without Apply Pose Encoder."""
+    clone = model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, POSE_KEY)
+    clone.remove_attachments(POSE_KEY)
+    return clone
+
+
 def _check_fits(model: object, unet: UNetModel, source: SourceFeatures) -> None:
     family = family_of(model)
     widths = {site: attn.to_k.in_features for site, (_, attn) in self_attentions(unet).items()}
@@ -492,9 +713,11 @@ class _Call:
 
     def _check_batch(self, applied: AppliedSource) -> None:
         counts = {"source images": applied.source.batch}
-        if applied.target is not None and applied.beta > 0:
+        if applied.aligned is not None:
+            counts["carried sources"] = applied.aligned[0].shape[0]
+        if applied.target is not None and (applied.has_beta or applied.cross):
             counts["target parsings"] = applied.target.batch
-        if applied.target_body is not None and applied.gamma > 0:
+        if applied.target_body is not None and applied.has_gamma:
             counts["target poses"] = applied.target_body.shape[0]
         for what, count in counts.items():
             if self.rows % count:
@@ -509,16 +732,52 @@ class _Call:
         replaces = dict(options.get("patches_replace", {}))
         attn1 = dict(replaces.get("attn1", {}))
         wanted = {site for applied in self.active for site in applied.kept}
-        for site, (block, attn) in self_attentions(unet).items():
-            if site not in wanted:
-                continue
+        blocks = {site: found for site, found in transformer_blocks(unet).items() if site in wanted}
+        for site, (block, module) in blocks.items():
             if block in attn1 or block[:2] in attn1:
                 say_once(f"HPFA leaves block {site} alone: another node replaces its self-attention")
                 continue
-            attn1[block] = _Replace(self, site, attn)
+            attn1[block] = _Replace(self, site, module)
         replaces["attn1"] = attn1
         options["patches_replace"] = replaces
+        more: dict[str, list] = {}
+        if any(a.aligns() for a in self.active):
+            more["attn1_patch"] = [keep_self_input]
+        if any(a.cross for a in self.active):
+            more["attn2_patch"] = [keep_cross_input]
+            more["attn2_output_patch"] = [_TargetCross(self, {s: module for s, (_, module) in blocks.items()})]
+        if any(a.aligned is not None for a in self.active):
+            more["input_block_patch"] = [self._after_first]
+        options["patches"] = _with_patches(options, more)
         return options
+
+    def _after_first(self, h: Tensor, options: dict) -> Tensor:
+        """An input block patch: what the carried source adds after conv_in."""
+        return self.carried(h, 0) if options["block"] == ("input", 0) else h
+
+    def carried(self, x: Tensor, part: int) -> Tensor:
+        """x [rows, C, h, w] plus what carried sources add there, for the rows that see them. part: 0 after conv_in,
+        1 to the prediction."""
+        for applied in self.active:
+            if applied.aligned is None:
+                continue
+            added = applied.aligned_on(x.device, x.dtype)[part]
+            if tuple(added.shape[2:]) != tuple(self.size):
+                raise TruePoseError(
+                    f"the latent is {self.size[1]}x{self.size[0]} cells and this TruePose model makes pictures of "
+                    f"{added.shape[3]}x{added.shape[2]} cells; connect Empty TruePose Latent"
+                )
+            parts = list(x.split(self.rows))
+            for number, kind in enumerate(self.chunks):
+                if not applied.keep_unconditional and kind == UNCONDITIONAL:
+                    continue
+                crop = added
+                if self.areas[number] is not None:
+                    height, width, top, left = self.areas[number]
+                    crop = added[:, :, top : top + height, left : left + width]
+                parts[number] = parts[number] + crop.repeat_interleave(self.rows // crop.shape[0], 0)
+            x = torch.cat(parts)
+        return x
 
     def groups(self) -> Iterator[tuple[list[int], list[AppliedSource]]]:
         """Chunks of the batch that see the same sources: (chunk numbers, sources)."""
@@ -530,14 +789,14 @@ class _Call:
             yield numbers, [self.active[i] for i in visible]
 
     def target_rows(self, applied: AppliedSource, grid: tuple[int, int], chunks: list[int]) -> Tensor | None:
-        """P for these chunks, one after the other: [rows, N, 7], or None."""
-        if applied.beta == 0 or applied.target is None:
+        """The target's regions for these chunks, one after the other: [rows, N, 7], or None."""
+        if applied.target is None:
             return None
         return self._rows_for(applied, "regions", grid, chunks)
 
     def target_places(self, applied: AppliedSource, grid: tuple[int, int], chunks: list[int]) -> Tensor | None:
         """Body coordinates for these chunks: [rows, N, 3], or None."""
-        if applied.gamma == 0 or applied.target_body is None or applied.source.body is None:
+        if not applied.has_gamma or applied.target_body is None or applied.source.body is None:
             return None
         return self._rows_for(applied, "body", grid, chunks)
 
@@ -570,14 +829,15 @@ class _Call:
 class _Replace:
     """The attn1 replace of one block in one call. Takes projected q, k, v [rows, tokens, heads * D]."""
 
-    def __init__(self, call: _Call, site: str, attn: torch.nn.Module) -> None:
-        self.call, self.site, self.attn = call, site, attn
+    def __init__(self, call: _Call, site: str, block: torch.nn.Module) -> None:
+        self.call, self.site, self.attn, self.attn2 = call, site, block.attn1, block.attn2
 
     def __deepcopy__(self, memo: dict) -> _Replace:
         return self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict, mask: Tensor | None = None) -> Tensor:
         call = self.call
+        n = extra.pop(SELF_INPUT, None)
         if k.shape[0] != q.shape[0]:
             # HyperTile folds tiles of the queries into the batch; the host's attention would fold k and v the same way.
             k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
@@ -591,16 +851,17 @@ class _Replace:
         if not whole:
             # Another node hands over some of the rows and does not say which: all of them read what fits any row.
             sources = [a for a in call.active if a.source.batch == 1]
-            return self._attend(q, k, v, extra, sources, None, None, projected)
+            return self._attend(q, k, v, extra, sources, None, None, None, projected)
         groups = list(call.groups())
         grid = (height, width) if in_place else None
         if len(groups) == 1:
-            return self._attend(q, k, v, extra, groups[0][1], groups[0][0], grid, projected)
+            return self._attend(q, k, v, extra, groups[0][1], groups[0][0], grid, n, projected)
         size = call.rows * folds
         parts: dict[int, Tensor] = {}
         for chunks, sources in groups:
             a, b, c = (torch.cat([x[i * size : (i + 1) * size] for i in chunks]) for x in (q, k, v))
-            out = self._attend(a, b, c, extra, sources, chunks, grid, projected)
+            d = None if n is None or grid is None else torch.cat([n[i * size : (i + 1) * size] for i in chunks])
+            out = self._attend(a, b, c, extra, sources, chunks, grid, d, projected)
             parts.update(zip(chunks, out.split(size), strict=True))
         return torch.cat([parts[i] for i in range(len(call.chunks))])
 
@@ -613,10 +874,11 @@ class _Replace:
         sources: list[AppliedSource],
         chunks: list[int] | None,
         grid: tuple[int, int] | None,
+        n: Tensor | None,
         projected: dict[int, tuple[Tensor, Tensor]],
     ) -> Tensor:
         """Attention of rows that all see `sources`. chunks: which chunks they are, None for unknown rows.
-        grid: the token grid, None where tokens are not one per cell."""
+        grid: the token grid, None where tokens are not one per cell. n: the block's input, if CAA wants it."""
         heads = self.attn.heads
         width = q.shape[-1] // heads
         precision = extra.get("attn_precision", self.attn.attn_precision)
@@ -630,7 +892,7 @@ class _Replace:
             ks, vs = projected[id(applied)]
             regions = places = None
             if grid is not None and chunks is not None:
-                regions = self.call.target_rows(applied, grid, chunks)
+                regions = self._target_regions(applied, kept, grid, chunks, n)
                 places = self.call.target_places(applied, grid, chunks)
             source = SourceTokens(_heads(ks, heads), _heads(vs, heads), kept.regions, kept.log_w, kept.body)
             source = _spread(source, q.shape[0], chunks)
@@ -639,9 +901,10 @@ class _Replace:
                     source,
                     _heads(q, heads),
                     target_regions=None if regions is None else regions.to(q.device),
-                    beta=applied.beta,
+                    beta=kept.how.beta,
+                    region_log_weight=kept.how.region_log_weight,
                     target_body=None if places is None else places.to(q.device),
-                    gamma=applied.gamma,
+                    gamma=kept.how.gamma,
                 )
             )
             tokens.append(source)
@@ -665,6 +928,63 @@ class _Replace:
         )
         return out.unflatten(-1, (heads, -1))[..., :width].flatten(-2)
 
+    def _target_regions(
+        self, applied: AppliedSource, kept: _Kept, grid: tuple[int, int], chunks: list[int], n: Tensor | None
+    ) -> Tensor | None:
+        """P: what the user gave, else CAA's alignment, else the carried parsing. [rows, N, 7] or None."""
+        if not _is_on(kept.how.beta):
+            return None
+        prior = self.call.target_rows(applied, grid, chunks)
+        if applied.given or kept.cross is None or n is None:
+            return prior
+        cross = kept.cross.rows(_row_index(kept.cross.batch, n.shape[0], len(chunks), n.device))
+        prior = None if prior is None else prior.to(n.device)
+        q = _heads(self.attn2.to_q(n), self.attn2.heads)
+        return caa_attention(q, cross.k, cross.v, cross.regions, cross.shown, prior=prior, kappa=cross.kappa)[1]
+
+
+class _TargetCross:
+    """The attn2 output patch of one call: rows that see a source also read its region tokens."""
+
+    def __init__(self, call: _Call, blocks: Mapping[str, torch.nn.Module]) -> None:
+        self.call, self.blocks = call, blocks
+
+    def __deepcopy__(self, memo: dict) -> _TargetCross:
+        return self
+
+    def __call__(self, n: Tensor, extra: dict) -> Tensor:
+        call, x = self.call, extra.pop(CROSS_INPUT)
+        site = site_name((*extra["block"], extra["block_index"]))
+        if site not in self.blocks:
+            return n
+        if n.shape[0] != call.batch:
+            say_once("CAA's cross-attention is off where another node hands over some of the rows")
+            return n
+        height, width = extra["activations_shape"][-2:]
+        grid = (height, width) if n.shape[1] == height * width else None
+        parts = list(n.split(call.rows))
+        for chunks, sources in call.groups():
+            for applied in sources:
+                if site not in applied.kept or site not in applied.cross:
+                    continue
+                cross = applied.on(n.device, n.dtype, site).cross
+                rows = torch.cat([x[i * call.rows : (i + 1) * call.rows] for i in chunks])
+                cross = cross.rows(_row_index(cross.batch, rows.shape[0], len(chunks), n.device))
+                prior = None if grid is None else call.target_rows(applied, grid, chunks)
+                prior = None if prior is None else prior.to(n.device)
+                added = beside_attention(self.blocks[site].attn2, rows, cross, prior)
+                for chunk, more in zip(chunks, added.split(call.rows), strict=True):
+                    parts[chunk] = parts[chunk] + more
+        return torch.cat(parts)
+
+
+def _with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
+    """New lists of patches: those in the options, and ours behind them."""
+    patches = dict(options.get("patches", {}))
+    for name, ours in more.items():
+        patches[name] = [*patches.get(name, []), *ours]
+    return patches
+
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H * D] -> [B, H, N, D]."""
@@ -676,13 +996,18 @@ def _merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def _row_index(batch: int, rows: int, chunks: int, device: torch.device) -> Tensor:
+    """Which of `batch` sources each row reads: within every chunk, each serves the same number of rows."""
+    size = rows // chunks
+    return (torch.arange(size, device=device) * batch // size).repeat(chunks)
+
+
 def _spread(source: SourceTokens, rows: int, chunks: list[int] | None) -> SourceTokens:
     """A batch of sources repeated to the rows: within every chunk, each source serves the same number of rows."""
     batch = source.k.shape[0]
     if batch == 1:
         return source
-    size = rows // len(chunks)
-    index = (torch.arange(size, device=source.k.device) * batch // size).repeat(len(chunks))
+    index = _row_index(batch, rows, len(chunks), source.k.device)
 
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[index]

@@ -16,6 +16,7 @@ CATEGORY = "TruePose"
 Parsing = io.Custom("TRUEPOSE_PARSING")
 Source = io.Custom("TRUEPOSE_SOURCE")
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
+Adapter = io.Custom("TRUEPOSE_ADAPTER")
 
 
 def known(factory: type, **keywords: Any) -> Any:

@@ -7,7 +7,7 @@ SourceNet runs once per source, whatever the number of poses, seeds and steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -15,10 +15,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from truepose_core.attention.caa import RegionTokens
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
+from truepose_core.guidance import combine_guidance, guidance_factors, weigh_region_tokens
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.processors import CrossAttention, SelfAttention, attention_sites
 from truepose_core.parsing import HumanParsing
@@ -35,35 +35,6 @@ class TransferOutput:
 
     images: Tensor
     features: SourceFeatures
-
-
-def combine_guidance(
-    nothing: Tensor | None, pose: Tensor | None, full: Tensor | None, w_pose: float, w_source: float
-) -> Tensor:
-    """e = e0 + w_pose (e_pose - e0) + w_source (e_full - e_pose) (design, Guidance; ours, after the two-scale guidance
-    of CFLD). A term whose factor is 0 may be None."""
-    terms = zip(guidance_factors(w_pose, w_source), (nothing, pose, full), strict=True)
-    parts = [factor * value for factor, value in terms if factor != 0]
-    return sum(parts[1:], parts[0])
-
-
-def guidance_factors(w_pose: float, w_source: float) -> tuple[float, float, float]:
-    """Factors of (e0, e_pose, e_full): only predictions with a factor other than 0 need computing."""
-    return 1 - w_pose, w_pose - w_source, w_source
-
-
-def weigh_region_tokens(features: SourceFeatures, omega: Tensor | None, strength: float) -> SourceFeatures:
-    """The source with CAA's region tokens scaled by the region weights omega [7] and by strength, both in [0, 1].
-
-    The background's queries read the whole person, so their tokens weigh what the least of the person's regions does.
-    """
-    if features.caa is None or (omega is None and strength == 1):
-        return features
-    caa = features.caa
-    weight = torch.ones(len(Region)) if omega is None else omega.detach().cpu().float().clone()
-    weight[Region.BACKGROUND] = weight[Region.BACKGROUND + 1 :].min()
-    per_token = caa.regions @ (strength * weight).to(caa.tokens)
-    return replace(features, caa=RegionTokens(caa.tokens * per_token[:, None], caa.shown))
 
 
 class TruePosePipeline(DiffusionPipeline):
@@ -344,6 +315,13 @@ class TruePosePipeline(DiffusionPipeline):
             )
         if steps < 1:
             raise TruePoseError(f"{steps} sampling steps; expected at least 1")
+        theirs, ours = self.scheduler.config.get("prediction_type"), self.model.config.prediction_type
+        if theirs not in (None, ours):
+            name = type(self.scheduler).__name__
+            raise TruePoseError(
+                f"the scheduler {name} expects the prediction {theirs!r} and the model predicts {ours!r}; "
+                f"make it with {name}.from_config(pipe.scheduler.config)"
+            )
         for name, value in (("guidance_pose", guidance_pose), ("guidance_source", guidance_source)):
             if not 0 <= value < float("inf"):
                 raise TruePoseError(f"{name} is {value}; expected a number of at least 0 (1 is no guidance)")

@@ -270,8 +270,10 @@ def test_the_same_command_gives_the_same_bytes(transfer):
 
 
 def test_options_that_change_the_picture_reach_the_model(transfer):
+    pose = ("--source-pose", transfer.inputs / "person-pose.json")
+
     def picture(*options):
-        assert main(transfer.argv("--overwrite", *options)) == 0
+        assert main(transfer.argv("--overwrite", *pose, *options)) == 0
         return transfer.out.read_bytes()
 
     plain = picture()
@@ -281,10 +283,19 @@ def test_options_that_change_the_picture_reach_the_model(transfer):
         ("--beta", 0),
         ("--gamma", 100),
         ("--guidance-source", 2),
-        ("--source-pose", transfer.inputs / "person-pose.json"),
+        ("--steps", 2),
+        ("--dtype", "bfloat16"),
     ):
         assert picture(*options) != plain, options
     assert picture("--region", "face=1", "--region", "upper=1") == plain
+    pose = ()
+    assert picture() != plain
+
+
+def test_body_match_without_a_source_pose_is_said(capsys, transfer):
+    code, _, err = run(capsys, *transfer.argv("--gamma", 8))
+    assert code == 0
+    assert "--gamma has no effect without --source-pose" in err
 
 
 def saved(folder, name, image, **options):

@@ -34,8 +34,8 @@ def test_every_field_is_an_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in fields(TrainingConfig):
         assert f"--{field.name.replace('_', '-')}" in text
-        if field.default != ():
-            assert f"(default: {field.default})" in text
+        default = {(): "none", "": "none", False: "off"}.get(field.default, field.default)
+        assert f"(default: {default})" in text
 
 
 def test_options_become_the_configuration(monkeypatch, tmp_path):

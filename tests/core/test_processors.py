@@ -28,10 +28,10 @@ EXACT = 1e-10
 OMEGA = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.0, 0.25, 1.0], dtype=torch.float64)
 
 
-def build(fusion="hpfa", caa=True, **parts):
+def build(fusion="hpfa", caa=True, aligned=False, **parts):
     """A tiny model with every weight random, those that start at zero too, in float64."""
     torch.manual_seed(0)
-    model = TruePoseModel(mannequin_config(fusion, caa, widths=(32, 32)), **parts).double().eval()
+    model = TruePoseModel(mannequin_config(fusion, caa, widths=(32, 32), aligned=aligned), **parts).double().eval()
     with torch.no_grad():
         for p in model.parameters():
             if (p == p.flatten()[0]).all():
@@ -197,8 +197,8 @@ def test_one_value_for_every_head_replaces_what_was_learned(model, people, sourc
 
 
 def test_caa_is_a_decoupled_cross_attention(model, people, source):
-    """attn2 gives CrossAttn(x, context) + strength lambda CrossAttn(x, E), before the output projection."""
-    call = model.target_pass(SIZE, source, people["target_body"], strength=0.5)
+    """attn2 gives CrossAttn(x, context) + lambda CrossAttn(x, E), before the output projection."""
+    call = model.target_pass(SIZE, source, people["target_body"])
     found = seen_by(model.target_net, lambda: model.denoise(noise(), TIMES, call, None))
     for name, block in attention_sites(model.target_net).items():
         (x, out), attn, site = found[name, "attn2"], block.attn2, model.caa.target_sites[key_of(name)]
@@ -208,7 +208,7 @@ def test_caa_is_a_decoupled_cross_attention(model, people, source):
         bias = site.kappa[None, :, None, None] * (call.prior[x.shape[1]] @ tokens.regions.mT)[:, None]
         bias = bias.masked_fill(~tokens.shown[:, None, None], -torch.inf)
         # The context is one zero token, which adds nothing.
-        expected = output(attn, 0.5 * site.scale * plain_attention(q, k, v, bias))
+        expected = output(attn, site.scale * plain_attention(q, k, v, bias))
         assert (out - expected).abs().max() < EXACT, name
 
 
@@ -250,6 +250,7 @@ def test_no_weight_is_no_source_bit_for_bit(model, people, source, nothing):
 
 
 def test_little_strength_is_nearly_no_source(model, people, source):
+    source = replace(source, caa=None)
     plain = model.denoise(noise(), TIMES, model.target_pass(SIZE, None), None)
     full = model.denoise(noise(), TIMES, model.target_pass(SIZE, source, people["target_body"]), None)
     call = model.target_pass(SIZE, source, people["target_body"], strength=1e-9)
@@ -270,6 +271,25 @@ def test_dropped_rows_equal_the_plain_net_and_the_others_do_not_notice(people, d
     tolerance = 1e-5 if dtype == torch.float32 else EXACT
     assert (mixed - plain)[~keep].abs().max() < tolerance
     assert (mixed - full)[keep].abs().max() < tolerance
+
+
+def test_training_drops_conditions_as_guidance_does(people):
+    """Row by row, a training pass is the pass without conditions, with the pose, or with all, as the pipeline asks."""
+    model = build(aligned=True)
+    maps = torch.rand(4, 3, 64, 48, dtype=torch.float64)
+    keep_source, keep_pose = torch.tensor([True, False, False, True]), torch.tensor([True, True, False, True])
+    given = (people["image"], people["parsing"], people["body"])
+    mixed, alignments = model(*given, noise(), TIMES, maps, people["target_body"], keep_source, keep_pose)
+    source, alone = model.encode_source(*given), model.target_pass(SIZE, None)
+    full, pose = model.target_pass(SIZE, source, people["target_body"]), model.encode_pose(maps)
+    aligned = model.encode_aligned(source, people["target_body"])
+    nothing = model.denoise(noise(), TIMES, alone, None)
+    posed = model.denoise(noise(), TIMES, alone, pose)
+    everything = model.denoise(noise(), TIMES, full, pose, aligned=aligned)
+    for row, expected in enumerate((everything, posed, nothing, everything)):
+        assert (mixed[row] - expected[row]).abs().max() < EXACT
+    assert min((a - b).abs().max() for a, b in ((nothing, posed), (posed, everything))) > 1e-2
+    assert set(alignments) == set(attention_sites(model.target_net))
 
 
 def test_sources_times_targets_equal_one_by_one(model, people, source):

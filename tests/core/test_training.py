@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import one_hot
 
 from truepose_core.errors import TruePoseError
@@ -32,8 +33,8 @@ from truepose_core.training.train import (
     uninterrupted,
 )
 
-TINY = replace(mannequin_config("hpfa", caa=True, widths=(32, 32)), size=(32, 24))
-CONFIG = TrainingConfig(
+TINY = replace(mannequin_config("hpfa", caa=True, widths=(32, 32), aligned=True), size=(32, 24))
+CONFIG = dict(
     row="tiny", steps=6, sources=2, targets=1, warmup=2, people=4, poses=2, fresh=1, sample_every=1000, save_every=1000
 )
 
@@ -47,13 +48,15 @@ def cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setitem(train.ROWS, "tiny", lambda: TINY)
     for kind in ("epsilon", "v_prediction"):
-        monkeypatch.setitem(train.ROWS, kind, lambda kind=kind: replace(TINY, prediction_type=kind, caa=None))
+        monkeypatch.setitem(
+            train.ROWS, kind, lambda kind=kind: replace(TINY, prediction_type=kind, caa=None, aligned=False)
+        )
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trainer(out, **changes):
-    return Trainer(replace(CONFIG, **changes), out, quiet=True)
+    return Trainer(TrainingConfig(**CONFIG | changes), out, quiet=True)
 
 
 def checkpoint(run):
@@ -308,9 +311,23 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
     assert more.step == 0
 
 
-def test_an_unknown_row_is_named():
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path):
+    run = trainer(tmp_path)
+    run.save()
+    path = tmp_path / "checkpoint" / "state.safetensors"
+    story = json.loads(read_metadata(path)["story"])
+    del story["config"]["gradient_checkpointing"], story["config"]["clip"]
+    save_file(load_file(path), path, {"story": json.dumps(story)})
+    assert trainer(tmp_path).step == 0
+    with pytest.raises(TruePoseError, match=r"clip: 1.0 then, 2.0 now"):
+        trainer(tmp_path, clip=2.0)
+
+
+def test_settings_that_make_no_sense_are_named():
     with pytest.raises(TruePoseError, match=r"'tony'.*HPFA\+CAA"):
-        _ = TrainingConfig(row="tony").model
+        TrainingConfig(row="tony")
+    with pytest.raises(TruePoseError, match=r"height is 512 and width 0"):
+        TrainingConfig(height=512)
 
 
 def test_exported_weights_are_the_averaged_ones_and_load(tmp_path):
@@ -356,6 +373,17 @@ def test_every_weight_that_can_matter_has_a_gradient(tmp_path):
     assert f"source_net.{last}.norm1.weight" not in without, "the site's own input is read"
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    """SourceNet's sites and CAA's alignments are read from inside the blocks that are computed twice."""
+    plain, thrifty = (
+        gradients(trainer(tmp_path / str(on), gradient_checkpointing=on, alignment=1.0)) for on in (False, True)
+    )
+    for name, gradient in plain.items():
+        assert (gradient is None) == (thrifty[name] is None), name
+        if gradient is not None:
+            assert (gradient - thrifty[name]).abs().max() <= 1e-6 * max(1.0, gradient.abs().max().item()), name
+
+
 def test_accumulated_batches_are_one_step_on_their_mean(tmp_path):
     reference = gradients(trainer(tmp_path / "reference"), accumulate=2)
     run = trainer(tmp_path / "run", accumulate=2, clip=1e9)
@@ -371,7 +399,7 @@ def test_accumulated_batches_are_one_step_on_their_mean(tmp_path):
     for name, gradient in reference.items():
         assert (gradient is None) == (seen[name] is None), name
         if gradient is not None:
-            assert (gradient - seen[name]).abs().max() <= 1e-5 * max(1.0, float(gradient.abs().max())), name
+            assert (gradient - seen[name]).abs().max() <= 1e-5 * max(1.0, gradient.abs().max().item()), name
 
 
 def test_bfloat16_runs_and_keeps_float32_weights(tmp_path):

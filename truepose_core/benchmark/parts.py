@@ -8,6 +8,10 @@ A step put together from its parts is
 where, for convolutions and for transformer blocks without their self-attention kernel, one module of each grid stands
 for all of that kind there: t(module) its time, f its FLOPs, F those of all of them. Heads are independent pieces of
 equal work, so a few of them stand for all. The few FLOPs outside such modules (time embedding) are added in proportion.
+
+Checked against whole steps of SD1.5 in float32 on one core of a busy machine, two readings each: the plain step came
+out 4 to 6 % short (19.5 and 18.9 for 20.8 and 19.6 s), and the ratios of steps differed by up to 0.06, the noise of
+the single readings included.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ DEFINITIONS = """\
 * steps: counted and timed are with kept tokens of weight 1 and beta = 0: no spare channels. Region match (beta > 0, or
   weights between 0 and 1) has 8 spare channels per head; with body match there are 16.
 * timed: {timed}
-* attention: the largest self-attention, with region match, in float type and heads as above. The time with a mask
-  includes making it; "ratio, mask ready" is against the kernel alone. Peak: above the inputs, by
-  {memory}. Made for the kernel: q', k', v', or k', v' and the [H, N, N + M] mask; and the output.
+* attention: the largest self-attention, with region match; ratios are channels over masked. The time with a mask
+  includes making it; "ratio, mask ready" is against the kernel alone, with a mask that is there. Peak: above the
+  inputs, by {memory}. On a CPU both are of some heads, times H / heads.
+  Made for the kernel: q', k', v', or k', v' and the [H, N, N + M] mask; and the output.
 * K/V: projected is with K and V of the source projected at each step, for one source; ratios are over cached.
 * CAA: {caa} region tokens in the decoupled cross-attention of every block; with alignment: also the map of each block
   that region match can read."""

@@ -25,7 +25,8 @@ EPILOG = """\
 examples:
   truepose train --out run --steps 200 --sources 4                          a first look on a CPU, some minutes
   truepose train --out run --row full --steps 20000 --precision bf16
-  truepose train --out run --base stable-diffusion-v1-5 --data my-pairs --row HPFA --height 512 --width 384 --precision bf16
+  truepose train --out run --base stable-diffusion-v1-5 --data my-pairs --row HPFA --height 512 --width 384 \\
+      --precision bf16 --gradient-checkpointing
   accelerate launch --num_processes 2 -m truepose_core.cli train --out run
   tensorboard --logdir run/curves
   truepose eval --pairs 64 --rows copy mine --model mine=run/weights.safetensors
@@ -111,13 +112,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = TrainingConfig(**{**values, "keep": tuple(values["keep"])})
     _check(config)
     out = Path(args.out)
-    check_folder(out, ["weights.safetensors", "checkpoint/state.safetensors"] if not out.exists() else [], True)
-    if out.exists():
-        check_folder(out, ["weights.safetensors"], overwrite=True)
+    # A finished run may be trained on: its own files are its own to replace.
+    check_folder(out, ["weights.safetensors"], overwrite=True)
     trainer = Trainer(config, out, quiet=args.quiet)
     main = trainer.accelerator.is_main_process
     if main:
-        start = f"going on from step {trainer.step}" if trainer.step else "from scratch"
+        start = f"going on from step {trainer.step}" if trainer.step else f"from {config.base or 'scratch'}"
         console.say(
             f"{config.row}, {trainable(trainer.model):,} weights, {config.steps} steps {start}, on "
             f"{trainer.accelerator.num_processes} x {trainer.accelerator.device}"
@@ -145,8 +145,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _check(config: Any) -> None:
     """What only shows when options meet. Raises TruePoseError."""
-    _ = config.model  # an unknown row is an error of its own
-    if config.poses <= config.targets:
+    if config.data == "mannequin" and config.poses <= config.targets:
         raise TruePoseError(
             f"--poses {config.poses} leaves no pose for the source beside --targets {config.targets}; expected more "
             "poses than targets"

@@ -198,6 +198,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         body = read_source_body(args.source_pose, args.source_person, source_size, console)[None]
     elif args.source_person is not None:
         raise TruePoseError("--source-person chooses among the people of --source-pose, which was not given")
+    if body is None and args.gamma:
+        console.note("--gamma has no effect without --source-pose")
     targets = read_targets(args.pose, args.person, size, Path(args.out), args.overwrite, console)
 
     opened = open_model(args.model, args.device, args.dtype, prompt=args.prompt, controlnet=args.controlnet)

@@ -34,8 +34,9 @@ class TruePoseConfig:
 
     codec: "pixels" (space to depth with `patch`, no VAE) or "vae". fusion: "none" (pose only), "concat"
     (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
-    training; 0 is plain concatenation. aligned (x0 prediction only): TargetNet also sees the source
-    carried along the skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training images, in pixels.
+    training; 0 is plain concatenation. aligned (x0 prediction only): TargetNet also sees the source carried along the
+    skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training
+    images, in pixels. Raises TruePoseError for a choice that does not exist.
     """
 
     family: str
@@ -58,6 +59,11 @@ class TruePoseConfig:
         if self.prediction_type not in PREDICTIONS:
             raise TruePoseError(
                 f"prediction type is {self.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}"
+            )
+        if self.aligned and self.prediction_type != "sample":
+            raise TruePoseError(
+                f"aligned predicts what to change in a picture, which prediction type {self.prediction_type!r} is not; "
+                "expected 'sample'"
             )
 
         if self.aligned and self.prediction_type != "sample":

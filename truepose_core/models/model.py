@@ -295,9 +295,11 @@ class TruePoseModel(nn.Module):
     def encode_aligned(
         self, source: SourceFeatures, target_body: Tensor, omega: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """What the carried source adds to the pose embedding [B, C0, h, w] and to the prediction [B, C, h, w]. None for a
-        model without alignment, a source without keypoints, or when the region weights omega [7] leave nothing.
-        target_body: [B, 18, 3] on the target image, which has the source image's size."""
+        """What the carried source adds to the pose embedding [B, C0, h, w] and to the prediction [B, C, h, w].
+
+        None for a model without alignment, a source without keypoints, or when the region weights omega [7] leave
+        nothing. target_body: [B, 18, 3] on the target image, which has the source image's size.
+        """
         if self.aligned_encoder is None or source.image is None or source.body is None:
             return None
         if omega is not None and bool((omega == 0).all()):

@@ -60,7 +60,7 @@ class TargetPass:
 
     source: what HPFA reads, or None. omega: region weights [7] in [0, 1], or None for all ones. keep: [B] bool, rows
     that see the source at all (None: all of them). beta, gamma >= 0: one value for every head, or None for what the
-    model learned (0 where it learned none). strength in [0, 1]: a factor on every w(j) and on CAA's lambda.
+    model learned (0 where it learned none). strength in [0, 1]: a factor on every w(j).
     prior: token count -> P [B, N, 7]; given: it is the user's parsing, which CAA must not replace. body: token count ->
     the target's body coordinates [B, N, 3]. caa: the source's region tokens. kv: K and V of the source per site, kept
     between passes whose weights do not change. alignments: site -> CAA's P [B, N, 7], filled when not None.
@@ -229,11 +229,9 @@ class CrossAttention:
         k, v = _heads(attn.to_k(context), attn.heads), _heads(attn.to_v(context), attn.heads)
         out = _attend(q, k, v, q.shape[-1] ** -0.5, self.heads_at_once)
         if self.caa is not None and truepose is not None and truepose.caa is not None:
-            prior, strength = None, 1.0
-            if isinstance(truepose, TargetPass):
-                prior, strength = truepose.prior.get(q.shape[2]), truepose.strength
+            prior = truepose.prior.get(q.shape[2]) if isinstance(truepose, TargetPass) else None
             extra, _ = self.caa(q, truepose.caa, prior)
-            out = out + strength * self.caa.scale.to(out) * extra
+            out = out + self.caa.scale.to(out) * extra
         return attn.to_out[1](attn.to_out[0](_merge(out)))
 
 

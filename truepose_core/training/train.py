@@ -57,6 +57,8 @@ class TrainingConfig:
     base: a Stable Diffusion folder whose UNet both nets start from, or "" for random weights. data: "mannequin", or a
     folder of pairs (`FolderPairs`). height, width: of the training pictures; 0 is the model's own size.
     decay: share of the steps, at the end, over which the learning rate falls to zero.
+
+    Raises TruePoseError for an unknown row and for a height without a width.
     """
 
     row: str = "HPFA+CAA"
@@ -88,13 +90,15 @@ class TrainingConfig:
     width: int = 0
     gradient_checkpointing: bool = False
 
-    def build(self) -> TruePoseModel:
-        """The model at the start of training: random weights, or those of the base folder."""
+    def __post_init__(self) -> None:
         if self.row not in ROWS:
             raise TruePoseError(f"unknown row {self.row!r}; expected one of {', '.join(ROWS)}")
-        config = ROWS[self.row]()
         if bool(self.height) != bool(self.width):
             raise TruePoseError(f"height is {self.height} and width {self.width}; give both, or neither")
+
+    def build(self) -> TruePoseModel:
+        """The model at the start of training: random weights, or those of the base folder."""
+        config = ROWS[self.row]()
         size = (self.height, self.width) if self.height else None
         if not self.base:
             return TruePoseModel(config if size is None else replace(config, size=size))
@@ -352,7 +356,7 @@ class Trainer:
         return path
 
     def _sample(self, writer: Any) -> None:
-        """A sample sheet: source | skeleton | result | truth, on people of the test split or on the folder's own pairs."""
+        """A sample sheet: source | skeleton | result | truth, on people of the test split or the folder's own pairs."""
         if writer is None:
             return
         from truepose_core.images import save_image
@@ -403,7 +407,8 @@ class Trainer:
         metadata, tensors = _open(path, with_tensors=True)
         story = json.loads(metadata["story"])
         free = {"steps", "keep", "sample_every", "save_every"}
-        mine, theirs = asdict(self.config), story["config"]
+        # A setting that an older version did not have was at its default.
+        mine, theirs = asdict(self.config), {**asdict(TrainingConfig()), **story["config"]}
         other = [
             f"{k}: {theirs.get(k)!r} then, {v!r} now"
             for k, v in json.loads(json.dumps(mine)).items()
