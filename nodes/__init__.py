@@ -1,6 +1,6 @@
 """ComfyUI nodes, a thin storey above truepose_core: a node is a schema and a call.
 
-Only host.py knows the host's inside.
+Only the files named host*.py know the host's inside.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ _find_core()
 
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
-from . import parsing, pose, source  # noqa: E402
+from . import attention, mannequin, model, parsing, pose, sampler, source  # noqa: E402
 
 
 class TruePoseExtension(ComfyExtension):
     """Every node of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        nodes = [*source.NODES, *parsing.NODES, *pose.NODES]
+        modules = (model, source, sampler, parsing, pose, mannequin, attention)
+        nodes = [node for module in modules for node in module.NODES]
         for node in nodes:
             try:
                 node.GET_SCHEMA()

@@ -9,25 +9,40 @@ from torch.nn.functional import interpolate, pad
 
 from truepose_core.attention.view import figure
 from truepose_core.errors import TruePoseError
+from truepose_core.features import SourceFeatures
 
 from . import host_view
 from .schema import known, schema, to_core, to_host
 
 WITH, WITHOUT = "with HPFA", "without HPFA"
+SHOWN = 320
+"""Height of a heat map in pixels."""
 
 
-def backdrop(image: Tensor | None, size: tuple[int, int], preview: Tensor) -> Tensor:
-    """What the heat is drawn on, [S, 3, H, W]: the source images at their parsing's size, or the parsing's colours."""
-    if image is None:
-        return preview.float()
-    image = to_core(image, "the image")
-    if image.shape[0] not in (1, preview.shape[0]):
+def backdrop(image: Tensor | None, source: SourceFeatures) -> Tensor:
+    """What the heat is drawn on, [S, 3, H, W]: the source images, or the colours of their parsing."""
+    height, width = source.parsing.size
+    if image is not None:
+        picture = to_core(image, "the image").cpu()
+        given = picture.shape[3] / picture.shape[2]
+        # Padding to whole latent cells changes the shape a little.
+        if abs(given * height / width - 1) > 0.05:
+            raise TruePoseError(
+                f"the image is {picture.shape[3]}x{picture.shape[2]} and the source was read at {width}x{height} "
+                "(width x height), another shape; connect the image that was given to SourceNet Encode, or none"
+            )
+    elif source.image is not None:
+        picture = source.image.float().cpu()
+    else:
+        picture = source.parsing.preview().float().cpu()
+    if picture.shape[0] not in (1, source.batch):
         raise TruePoseError(
-            f"there are {image.shape[0]} images and {preview.shape[0]} sources; connect the image that was given to "
+            f"there are {picture.shape[0]} images and {source.batch} sources; connect the image that was given to "
             "SourceNet Encode"
         )
-    image = interpolate(image.cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
-    return image.expand(preview.shape[0], -1, -1, -1)
+    size = (SHOWN, max(1, round(SHOWN * width / height)))
+    picture = interpolate(picture, size, mode="bilinear", antialias=True).clamp(0, 1)
+    return picture.expand(source.batch, -1, -1, -1)
 
 
 class AttentionView(io.ComfyNode):
@@ -106,20 +121,20 @@ class AttentionView(io.ComfyNode):
                 f"source_number is {source_number} and the model reads {len(applied)}; expected 1 to {len(applied)}"
             )
         chosen = applied[source_number - 1]
-        target, parsing = chosen.target, chosen.source.parsing
-        given = {
+        target, batch = chosen.target, chosen.source.batch
+        seen = {
             name: host_view.look(who, positive, latent, source_number - 1, percent, seed, target)
             for name, who in ((WITHOUT, host_view.without_guidance(model)), (WITH, model))
         }
-        behind = backdrop(image, parsing.size, parsing.preview().cpu())
+        behind = backdrop(image, chosen.source)
         figures = []
-        rows = len(given[WITH])
+        rows = len(seen[WITH])
         for row in range(rows):
             cover = None
             if target is not None:
                 cover = target.masks[row * target.batch // rows].mean((1, 2))
-            looks = {name: found[row] for name, found in given.items()}
-            figures.append(figure(behind[row * parsing.batch // rows], looks, cover))
+            looks = {name: found[row] for name, found in seen.items()}
+            figures.append(figure(behind[row * batch // rows], looks, cover))
         # Figures of a batch differ in width where regions are missing; the host wants one size.
         width = max(one.shape[-1] for one in figures)
         figures = [pad(one, (0, width - one.shape[-1]), value=1.0) for one in figures]

@@ -334,9 +334,9 @@ class AppliedSource:
     sigmas: (highest, lowest) noise at which it works, or None for always. blocks: one of `BLOCKS`.
     keep_unconditional: whether negative rows see the source too. target: P, or None. target_body: [T, 18, 3].
 
-    From a TruePose model's adapter: weights per site take the place of beta and gamma; cross are CAA's region tokens per
-    site, which also give P unless the target parsing is `given`; aligned is what the carried source adds after conv_in
-    and to the prediction, [T, C, h, w] each.
+    From a TruePose model's adapter: weights per site take the place of beta and gamma; cross are CAA's region tokens
+    per site, which also give P unless the target parsing is `given`; aligned is what the carried source adds after
+    conv_in and to the prediction, [T, C, h, w] each.
     """
 
     source: SourceFeatures

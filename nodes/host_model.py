@@ -1,4 +1,4 @@
-"""A TruePose model file as the host's own objects: two MODELs, a VAE, and the adapter with all that lies beside the nets.
+"""A TruePose model file as the host's own objects: two MODELs, a VAE, and the adapter with what lies beside the nets.
 
 The nets become the host's UNetModel, so everything that works on a MODEL works on them. The adapter (pose encoder,
 HPFA's learned weights, CAA, aligned encoder) travels in an attachment of both MODELs, so nothing needs wiring.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import comfy.latent_formats
@@ -276,7 +277,7 @@ class _PoseEncoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             self.blocks.append(nn.Conv2d(a, a, 3, padding=1))
             self.blocks.append(nn.Conv2d(a, b, 3, padding=1, stride=2))
         self.conv_out = nn.Conv2d(widths[-1], width, 3, padding=1)

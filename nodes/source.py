@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 from torch.nn.functional import pad
 
 from truepose_core.alignment.skeleton_prior import region_prior
 from truepose_core.errors import TruePoseError
+from truepose_core.guidance import weigh_region_tokens
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose import body_tensor, read_pose
 from truepose_core.regions import REGION_NAMES, Region
 
-from . import host
-from .schema import Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core
+from . import host, host_model
+from .schema import Adapter, Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core
+
+LEARNED = "learned"
+MATCHES = (LEARNED, "as set")
+ADAPTER_HINT = (
+    "Only for a model that does not carry its adapter along. Models of Load TruePose Model need no connection here."
+)
 
 
-def bodies(keypoints: object, what: str) -> Tensor:
-    """POSE_KEYPOINT -> [B, 18, 3], the largest person of every frame."""
+def bodies(keypoints: object, what: str, adapter: host_model.Adapter | None = None) -> Tensor:
+    """POSE_KEYPOINT -> [B, 18, 3], the largest person of every frame, normalised to the frame's canvas or, with an
+    adapter, to the model's canvas that the frame is fitted into."""
     people = []
     for number, pose in enumerate(read_pose(keypoints)):
         if not any(person.is_visible for person in pose.people):
             raise TruePoseError(f"{what} shows nobody in frame {number}; expected a person with visible keypoints")
+        if adapter is not None:
+            pose = adapter.frame((pose.height, pose.width)).apply_pose(pose)
         people.append(pose.people[pose.largest()])
     return body_tensor(people)
+
+
+def fitted_to(
+    adapter: host_model.Adapter, image: Tensor, parsing: HumanParsing, body: Tensor | None
+) -> tuple[Tensor, HumanParsing, Tensor | None]:
+    """Image [B, 3, H, W], its parsing and its keypoints in the model's canvas, whole and undistorted."""
+    frame = adapter.frame((image.shape[2], image.shape[3]))
+    # Padding has each picture's own mean colour, so the person's surroundings have no invented edge.
+    framed = [frame.apply(x[None], x.mean((1, 2)).tolist()) for x in image]
+    body = None if body is None else frame.apply_keypoints(body)
+    return torch.cat(framed), frame.apply_parsing(parsing), body
 
 
 def padded_to(
@@ -82,6 +104,7 @@ class SourceNetEncode(io.ComfyNode):
                         "parsing to a target pose."
                     ),
                 ),
+                Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
             ],
             outputs=[
                 Source.Output(
@@ -100,9 +123,11 @@ class SourceNetEncode(io.ComfyNode):
         parsing: HumanParsing,
         conditioning: list | None = None,
         pose: object = None,
+        adapter: host_model.Adapter | None = None,
     ) -> io.NodeOutput:
         check_parsing(parsing, image, "the parsing")
         host.unet_of(model, "the model")
+        adapter = host_model.adapter_of(model, adapter)
         batch = image.shape[0]
         body = None
         if pose is not None:
@@ -111,9 +136,25 @@ class SourceNetEncode(io.ComfyNode):
                 raise TruePoseError(f"there are {body.shape[0]} source poses and {batch} images; expected 1 or {batch}")
             body = body.expand(batch, -1, -1)
         parsing = joined_batch(parsing.to("cpu"), batch)
-        picture, parsing, body = padded_to(to_core(image, "the image"), parsing, body, host.cell_size(vae))
+        picture = to_core(image, "the image").cpu()
+        if adapter is None:
+            picture, parsing, body = padded_to(picture, parsing, body, host.cell_size(vae))
+            latent = vae.encode(picture.movedim(1, -1))
+            return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body))
+        picture, parsing, body = fitted_to(adapter, picture, parsing, body)
         latent = vae.encode(picture.movedim(1, -1))
-        return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body))
+        tokens = adapter.region_tokens(picture, parsing)
+        source = host.read_source(
+            model,
+            latent,
+            parsing,
+            conditioning,
+            body,
+            caa=tokens,
+            cross=adapter.cross_tokens(tokens, "source"),
+            image=picture if adapter.config.aligned else None,
+        )
+        return io.NodeOutput(source)
 
 
 REGION_HINTS = {
@@ -127,26 +168,29 @@ REGION_HINTS = {
 }
 
 
+def region_weights(background: float = 0.0) -> list[io.Input]:
+    """An input for the weight of each region."""
+    return [
+        io.Float.Input(
+            name,
+            default=background if region == Region.BACKGROUND else 1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip=(
+                f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens "
+                "are not read at all, which also saves time."
+            ),
+        )
+        for region, name in zip(Region, REGION_NAMES, strict=True)
+    ]
+
+
 class ApplyHPFA(io.ComfyNode):
     """MODEL, TRUEPOSE_SOURCE -> MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        weights = [
-            io.Float.Input(
-                name,
-                default=0.0 if region == Region.BACKGROUND else 1.0,
-                min=0.0,
-                max=1.0,
-                step=0.05,
-                tooltip=(
-                    f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens "
-                    "are not read at all, "
-                    "which also saves time."
-                ),
-            )
-            for region, name in zip(Region, REGION_NAMES, strict=True)
-        ]
         return schema(
             node_id="TruePoseApplyHPFA",
             display_name="Apply HPFA",
@@ -166,7 +210,7 @@ class ApplyHPFA(io.ComfyNode):
                     step=0.05,
                     tooltip="How much attention the source gets. 0 is exactly the unpatched model.",
                 ),
-                *weights,
+                *region_weights(),
                 io.Float.Input(
                     "region_match",
                     default=2.0,
@@ -236,6 +280,19 @@ class ApplyHPFA(io.ComfyNode):
                     optional=True,
                     tooltip="The new pose. With a source pose it tells where the regions will be.",
                 ),
+                Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
+                known(
+                    io.Combo.Input,
+                    id="match",
+                    options=list(MATCHES),
+                    default=LEARNED,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "learned: a TruePose model matches as it learned, and region_match and body_match are not "
+                        "read. as set: the two numbers, for every head. Other models always use the numbers."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the source. Connect it to any sampler.")
@@ -263,31 +320,79 @@ class ApplyHPFA(io.ComfyNode):
         unconditional: str = "drop",
         target_parsing: HumanParsing | None = None,
         target_pose: object = None,
+        adapter: host_model.Adapter | None = None,
+        match: str = LEARNED,
     ) -> io.NodeOutput:
         if start_percent > end_percent:
             raise TruePoseError(
                 f"start_percent {start_percent:g} is after end_percent {end_percent:g}; expected start <= end"
             )
-        target_body = None if target_pose is None else bodies(target_pose, "the target pose")
-        if target_parsing is None and target_body is not None and source.body is not None and region_match > 0:
-            target_parsing = carried_parsing(source, target_body)
-        applied = host.AppliedSource(
-            source=source,
-            omega=(background, face, hair, upper, lower, skin, accessory),
+        applied = applied_source(
+            host_model.adapter_of(model, adapter),
+            source,
+            (background, face, hair, upper, lower, skin, accessory),
+            strength,
+            None if match == LEARNED else (region_match, body_match),
+            target_parsing,
+            target_pose,
             beta=region_match,
             gamma=body_match,
-            strength=strength,
             sigmas=host.sigma_window(model, start_percent, end_percent),
             blocks=blocks,
             keep_unconditional=unconditional == "keep",
-            target=None if target_parsing is None else target_parsing.to("cpu"),
-            target_body=target_body,
         )
         return io.NodeOutput(host.with_hpfa(model, applied))
 
 
-def carried_parsing(source: host.HostFeatures, target_body: Tensor) -> HumanParsing:
-    """The source's parsing carried along the skeleton to the target poses [T, 18, 3]."""
+def applied_source(
+    adapter: host_model.Adapter | None,
+    source: host.HostFeatures,
+    omega: tuple[float, ...],
+    strength: float,
+    set_match: tuple[float, float] | None,
+    target_parsing: HumanParsing | None,
+    target_pose: object,
+    **more: object,
+) -> host.AppliedSource:
+    """One source as a model shall read it. set_match: (region match, body match) in place of what an adapter learned;
+    more: see `host.AppliedSource`."""
+    body = None if target_pose is None else bodies(target_pose, "the target pose", adapter)
+    given = target_parsing is not None
+    parsing = target_parsing.to("cpu") if given else None
+    if given and adapter is not None:
+        parsing = adapter.frame(parsing.size).apply_parsing(parsing)
+    wants_regions = more.get("beta", 0) > 0 or adapter is not None
+    if not given and body is not None and source.body is not None and wants_regions:
+        # A TruePose model has learned with the parsing carried at its latent's size.
+        parsing = carried_parsing(source, body, None if adapter is None else source.latent_size)
+    learned: dict = {}
+    if adapter is not None and source.family == adapter.config.family and strength > 0 and any(omega):
+        weights = torch.tensor(omega)
+        weights = None if bool((weights == 1).all()) else weights
+        beta, gamma = set_match or (None, None)
+        weighed = weigh_region_tokens(source, weights, strength)
+        learned = {
+            "weights": adapter.site_weights(beta, gamma),
+            "cross": adapter.cross_tokens(weighed.caa, "target"),
+            "aligned": adapter.aligned(source, body, weights, strength),
+        }
+    return host.AppliedSource(
+        source=source,
+        omega=omega,
+        strength=strength,
+        target=parsing,
+        target_body=body,
+        given=given,
+        **learned,
+        **more,
+    )
+
+
+def carried_parsing(
+    source: host.HostFeatures, target_body: Tensor, size: tuple[int, int] | None = None
+) -> HumanParsing:
+    """The source's parsing carried along the skeleton to the target poses [T, 18, 3]. size: (height, width) of the
+    result, by default the parsing's own."""
     count, batch = target_body.shape[0], source.batch
     if count > 1 and batch > 1 and count != batch:
         raise TruePoseError(
@@ -296,7 +401,7 @@ def carried_parsing(source: host.HostFeatures, target_body: Tensor) -> HumanPars
     total = max(count, batch)
     parsing = joined_batch(source.parsing, total)
     body = source.body.expand(total, -1, -1)
-    return region_prior(parsing, body, target_body.expand(total, -1, -1), *parsing.size)
+    return region_prior(parsing, body, target_body.expand(total, -1, -1), *(size or parsing.size))
 
 
 NODES = [SourceNetEncode, ApplyHPFA]

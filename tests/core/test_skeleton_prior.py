@@ -277,13 +277,17 @@ def test_odd_keypoints_give_finite_numbers(odd, dtype):
         assert warp(image, parsing, source, target)[0].isfinite().all()
 
 
-def test_without_keypoints_everything_is_background():
+def test_without_keypoints_nothing_is_certain():
     nobody = torch.zeros(1, 18, 3)
     parsing = HumanParsing(torch.full((1, 7, 16, 16), 1 / 7))
     assert (body_coordinates(nobody, 16, 16) == 0).all()
     for source, target in ((standing(torch.float32), nobody), (nobody, standing(torch.float32))):
         assert (carry(source, target, 16, 16)[1] == 0).all()
-        assert (region_prior(parsing, source, target, 16, 16).masks[:, int(Region.BACKGROUND)] == 1).all()
+        on_body = body_coordinates(target, 16, 16)[0, :, 2].reshape(16, 16) > 0
+        rows = region_prior(parsing, source, target, 16, 16).masks[0]
+        assert (rows[int(Region.BACKGROUND)] == 1)[~on_body].all()
+        # A limb that the source does not show: the source's person on the whole, here the same share of each region.
+        assert torch.allclose(rows[1:, on_body], torch.full_like(rows[1:, on_body], 1 / 6))
 
 
 def test_a_limb_that_the_source_hides_is_uncertain_and_the_others_are_not():

@@ -240,8 +240,8 @@ def region_prior(
     """The source's parsing carried to the target pose: P of HPFA where nothing better is known.
 
     parsing: the source's, [B, 7, H, W]. Result [B, 7, height, width]. aspect: width / height of the target image, by
-    default that of the grid. Where the certainty of `carry` is 0 (off the body, and limbs that the source does not
-    show) it says background; a head seen from behind shows hair where the source shows its face.
+    default that of the grid. Off the body it says background; on a limb that the source does not show, what the source's
+    person is on the whole; a head seen from behind shows hair where the source shows its face.
     """
     masks = parsing.masks
     source_aspect = masks.shape[-1] / masks.shape[-2]
@@ -253,10 +253,13 @@ def region_prior(
     turned = carried.clone()
     turned[:, Region.HAIR], turned[:, Region.FACE] = face + hair, torch.zeros_like(face)
     carried = torch.where(back[:, None, None, None], turned, carried)
-    on = (certain > 0).to(masks)[:, None]
-    nobody = torch.zeros_like(carried)
+    on_body = body_coordinates(target_body, height, width, aspect)[..., 2].reshape(-1, 1, height, width) > 0
+    person = masks.sum((2, 3), keepdim=True)
+    person = torch.cat([torch.zeros_like(person[:, :1]), person[:, 1:]], 1)
+    nobody = torch.zeros_like(person)
     nobody[:, Region.BACKGROUND] = 1
-    carried = carried * on + nobody * (1 - on)
+    whole = torch.where(person.sum(1, keepdim=True) > 0, person / person.sum(1, keepdim=True).clamp(min=1e-6), nobody)
+    carried = torch.where((certain > 0)[:, None], carried, torch.where(on_body, whole, nobody))
     return HumanParsing(carried / carried.sum(1, keepdim=True))
 
 

@@ -198,6 +198,8 @@ class TestNode:
             AttentionView.execute(one, source_number=2, **inputs)
         with pytest.raises(TruePoseError, match="3 images and 1 sources"):
             AttentionView.execute(one, image=torch.rand(3, 96, 64, 3), **inputs)
+        with pytest.raises(TruePoseError, match="the image is 96x96 and the source was read at 64x96"):
+            AttentionView.execute(one, image=torch.rand(1, 96, 96, 3), **inputs)
         late = apply(model(), source(), sigmas=host.sigma_window(model(), 0.6, 1.0))
         with pytest.raises(TruePoseError, match=r"not read at 0\.4"):
             AttentionView.execute(late, **inputs)

@@ -1,0 +1,278 @@
+"""Workflows in the page's own format (version 0.4), built from /object_info so that slots and widgets are right.
+
+graph = Graph(info, "demo")
+with graph.group("Source"):
+    person = graph.add("TruePoseMannequin", seed=3)
+    source = graph.add("TruePoseSourceNetEncode", image=person["image"], ...)
+graph.workflow()            # what is saved in workflows/*.json
+to_api(workflow, info)      # what the page would post to /prompt
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE_VERSION = "0.19.3"
+NOTE = "MarkdownNote"
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+GAP, HEAD, ROW, WIDGET = 60, 34, 22, 26
+WIDTH = 320
+
+
+def pack_identity() -> tuple[str, str]:
+    """(name, version) of the pack, as the registry knows it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    return tuple(re.search(rf'^{key} = "(.+)"$', text, re.MULTILINE).group(1) for key in ("name", "version"))
+
+
+def declared(node: dict) -> list[tuple[str, list, bool]]:
+    """(name, declaration, whether it is required) of every input of a node, in the page's order."""
+    return [
+        (name, node["input"][kind][name], kind == "required")
+        for kind in ("required", "optional")
+        for name in node.get("input_order", {}).get(kind, [])
+    ]
+
+
+def is_widget(declaration: list) -> bool:
+    settings = declaration[1] if len(declaration) > 1 else {}
+    return (isinstance(declaration[0], list) or declaration[0] in WIDGETS) and not settings.get("forceInput")
+
+
+def options_of(declaration: list) -> list | None:
+    """The choices of a combo, in either of the two notations; None for other inputs."""
+    if isinstance(declaration[0], list):
+        return declaration[0]
+    return declaration[1].get("options") if declaration[0] == "COMBO" else None
+
+
+def has_control(name: str, declaration: list) -> bool:
+    """Whether the page adds "control after generate" below this widget, which takes a place among the values."""
+    settings = declaration[1] if len(declaration) > 1 else {}
+    named = declaration[0] == "INT" and name in ("seed", "noise_seed")
+    return bool(settings.get("control_after_generate", named))
+
+
+@dataclass(frozen=True)
+class Out:
+    """An output of a node."""
+
+    node: int
+    slot: int
+    kind: str
+
+
+@dataclass
+class Node:
+    """A node of a graph. `node["image"]` is its output of that name (or type)."""
+
+    number: int
+    type: str
+    title: str | None
+    info: dict
+    values: dict
+    models: list[dict]
+    text: str = ""
+    room: int = 0
+    width: int = WIDTH
+    at: tuple[int, int] = (0, 0)
+
+    def __getitem__(self, name: str) -> Out:
+        names = [n.lower() for n in self.info["output_name"]]
+        slot = names.index(name.lower()) if name.lower() in names else self.info["output"].index(name)
+        return Out(self.number, slot, self.info["output"][slot])
+
+    @property
+    def height(self) -> int:
+        """Enough for slots, widgets and what the node shows."""
+        if self.type == NOTE:
+            return self.room
+        inputs = declared(self.info)
+        sockets = sum(not is_widget(d) for _, d, _ in inputs)
+        widgets = [(n, d) for n, d, _ in inputs if is_widget(d)]
+        high = sum((4 if _settings(d).get("multiline") else 1) + has_control(n, d) for n, d in widgets)
+        return HEAD + max(sockets, len(self.info["output"])) * ROW + high * WIDGET + self.room + 10
+
+
+def _settings(declaration: list) -> dict:
+    return declaration[1] if len(declaration) > 1 else {}
+
+
+@dataclass
+class Graph:
+    """A workflow in the making. Every group is a column, its nodes one below the other."""
+
+    info: dict
+    name: str
+    nodes: list[Node] = field(default_factory=list)
+    links: list[list] = field(default_factory=list)
+    groups: list[tuple[str, list[Node]]] = field(default_factory=list)
+
+    @contextmanager
+    def group(self, title: str) -> Iterator[None]:
+        self.groups.append((title, []))
+        yield
+
+    def note(self, text: str, height: int) -> None:
+        """A note in the graph, in Markdown."""
+        self._place(Node(len(self.nodes) + 1, NOTE, None, {"output": [], "output_name": []}, {}, [], text, height))
+
+    def add(
+        self,
+        type_: str,
+        title: str | None = None,
+        models: tuple[dict, ...] = (),
+        room: int = 0,
+        **inputs: object,
+    ) -> Node:
+        """Add a node. inputs: outputs of other nodes, or values of widgets; those not given keep their default.
+
+        models: files that it wants, {"name", "url", "directory"}. room: pixels for what the node shows.
+        """
+        info = self.info[type_]
+        known = {name: declaration for name, declaration, _ in declared(info)}
+        for name, given in inputs.items():
+            assert name in known, f"{type_} has no input {name}"
+            self._check(type_, name, known[name], given, models)
+        for name, declaration, required in declared(info):
+            linked = not is_widget(declaration)
+            assert not (required and linked and name not in inputs), f"{type_}.{name} is not connected"
+        node = Node(len(self.nodes) + 1, type_, title, info, dict(inputs), list(models), "", room)
+        self._place(node)
+        return node
+
+    def _place(self, node: Node) -> None:
+        self.nodes.append(node)
+        self.groups[-1][1].append(node)
+
+    @staticmethod
+    def _check(type_: str, name: str, declaration: list, given: object, models: tuple[dict, ...]) -> None:
+        where = f"{type_}.{name}"
+        if isinstance(given, Out):
+            assert given.kind == declaration[0], f"{where} takes {declaration[0]}, not {given.kind}"
+            return
+        assert is_widget(declaration), f"{where} needs a link"
+        options, settings = options_of(declaration), _settings(declaration)
+        if options is not None:
+            assert given in options or given in [m["name"] for m in models], f"{where}: {given!r} is not offered"
+        elif declaration[0] in ("INT", "FLOAT"):
+            assert settings.get("min", given) <= given <= settings.get("max", given), (
+                f"{where}: {given} is out of range"
+            )
+
+    def _lay_out(self) -> list[dict]:
+        boxes, x = [], 0
+        for title, nodes in self.groups:
+            y, width = 0, max(node.width for node in nodes)
+            for node in nodes:
+                node.at = (x, y)
+                y += node.height + GAP
+            bounds = [x - 20, -80, width + 40, y - GAP + 110]
+            boxes.append({"id": len(boxes) + 1, "title": title, "bounding": bounds, "color": "#3f789e"})
+            boxes[-1] |= {"font_size": 24, "flags": {}}
+            x += width + 80
+        return boxes
+
+    def workflow(self) -> dict:
+        """The workflow as the page saves it."""
+        groups = self._lay_out()
+        links: list[list] = []
+        outgoing: dict[tuple[int, int], list[int]] = {}
+        saved = []
+        for node in self.nodes:
+            saved.append(self._save(node, links, outgoing))
+        for one in saved:
+            for slot, output in enumerate(one["outputs"]):
+                output["links"] = outgoing.get((one["id"], slot), [])
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{pack_identity()[0]}/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(links),
+            "nodes": saved,
+            "links": links,
+            "groups": groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [60, 120]}},
+            "version": 0.4,
+        }
+
+    def _save(self, node: Node, links: list[list], outgoing: dict) -> dict:
+        one = {
+            "id": node.number,
+            "type": node.type,
+            "pos": list(node.at),
+            "size": [node.width, node.height],
+            "flags": {},
+            "order": node.number - 1,
+            "mode": 0,
+            "inputs": [],
+            "outputs": [
+                {"name": name, "type": kind, "slot_index": slot}
+                for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"], strict=True))
+            ],
+            "properties": {},
+            "widgets_values": [],
+        }
+        if node.title:
+            one["title"] = node.title
+        if node.type == NOTE:
+            return one | {"widgets_values": [node.text], "color": "#432", "bgcolor": "#653"}
+        ours = node.type.startswith("TruePose")
+        name, version = pack_identity() if ours else ("comfy-core", CORE_VERSION)
+        one["properties"] = {"cnr_id": name, "ver": version, "Node name for S&R": node.type}
+        if node.models:
+            one["properties"]["models"] = node.models
+        for key, declaration, _ in declared(node.info):
+            given = node.values.get(key)
+            if is_widget(declaration):
+                one["widgets_values"].append(_value(declaration) if given is None else given)
+                if has_control(key, declaration):
+                    one["widgets_values"].append("fixed")
+                continue
+            slot = {"name": key, "type": declaration[0], "link": None}
+            if isinstance(given, Out):
+                slot["link"] = len(links) + 1
+                links.append([slot["link"], given.node, given.slot, node.number, len(one["inputs"]), given.kind])
+                outgoing.setdefault((given.node, given.slot), []).append(slot["link"])
+            one["inputs"].append(slot)
+        return one
+
+
+def _value(declaration: list) -> object:
+    """What a widget shows before anybody touches it."""
+    settings, options = _settings(declaration), options_of(declaration)
+    if "default" in settings:
+        return settings["default"]
+    if options is not None:
+        return options[0] if options else None
+    return {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}[declaration[0]]
+
+
+def to_api(workflow: dict, info: dict) -> dict[str, dict]:
+    """A workflow as POST /prompt takes it. Raises KeyError for a node type that the host does not have."""
+    links = {link[0]: link for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] == NOTE:
+            continue
+        values = iter(node["widgets_values"])
+        inputs: dict[str, object] = {}
+        for name, declaration, _ in declared(info[node["type"]]):
+            if is_widget(declaration):
+                inputs[name] = next(values)
+                if has_control(name, declaration):
+                    next(values)
+        assert next(values, None) is None, f"{node['type']} has values left over"
+        for slot in node["inputs"]:
+            if slot["link"] is not None:
+                _, source, output, *_ = links[slot["link"]]
+                inputs[slot["name"]] = [str(source), output]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt

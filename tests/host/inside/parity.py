@@ -1,0 +1,191 @@
+"""The bundled model through the host against the diffusers pipeline: the same noise and sigmas, float32."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import comfy.samplers
+import pytest
+import torch
+from pack.nodes import host, host_guider, host_model
+from pack.nodes.model import ApplyPoseEncoder
+from pack.nodes.source import ApplyHPFA, SourceNetEncode
+from torch import Tensor
+
+from truepose_core.mannequin import ready_poses, render, sample_identities
+from truepose_core.mannequin.world import split_seed
+from truepose_core.parsing import HumanParsing
+from truepose_core.pose import Person, Pose, write_pose
+from truepose_core.regions import REGION_NAMES
+
+diffusers = pytest.importorskip("diffusers", reason="parity compares with the diffusers pipeline")
+from truepose_core.models.store import load_model  # noqa: E402
+from truepose_core.pipeline import TruePosePipeline  # noqa: E402
+
+LIMIT = 1e-3
+WORLD = split_seed("test", 0)
+ONES = dict.fromkeys(REGION_NAMES, 1.0)
+
+
+@lru_cache
+def loaded() -> host_model.Loaded:
+    return host_model.load(host_model.model_path(host_model.BUNDLED))
+
+
+@lru_cache
+def pipeline() -> TruePosePipeline:
+    pipe = TruePosePipeline.from_model(load_model())
+    # Trailing spacing has whole time steps, which the host's sigmas lie on.
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(
+        **load_model().config.scheduler, prediction_type="sample", timestep_spacing="trailing"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@lru_cache
+def person(seed: int, pose: str, height: int = 64, width: int = 48):
+    return render(sample_identities([seed], WORLD), ready_poses()[pose], height, width)
+
+
+def keypoints(shown: object) -> list[dict]:
+    height, width = shown.image.shape[2:]
+    return write_pose([Pose(width, height, (Person(body.numpy()),)) for body in shown.keypoints])
+
+
+def read_back(pose: list[dict]) -> Tensor:
+    """The keypoints as POSE_KEYPOINT tells them: in whole or fractional pixels."""
+    from pack.nodes.source import bodies
+
+    return bodies(pose, "the pose")
+
+
+def encode(source_size: tuple[int, int] = (64, 48)) -> tuple[object, object]:
+    shown = person(3, "stand", *source_size)
+    (features,) = SourceNetEncode.execute(
+        loaded().source,
+        loaded().vae,
+        shown.image.movedim(1, -1),
+        HumanParsing(shown.parsing),
+        pose=keypoints(shown),
+    ).result
+    return shown, features
+
+
+def through_host(
+    noise: Tensor,
+    steps: int,
+    weights: dict,
+    cfg: float = 1.0,
+    size: tuple[int, int] = (64, 48),
+    pose_cfg: float | None = None,
+    **more: object,
+) -> Tensor:
+    """Nodes, then the host's guider, its Euler sampler and VAE."""
+    _, features = encode(size)
+    target = keypoints(person(5, "walk"))
+    (model,) = ApplyPoseEncoder.execute(loaded().target, pose=target).result
+    (model,) = ApplyHPFA.execute(model, features, target_pose=target, **{**weights, **more}).result
+    pipe = pipeline()
+    pipe.scheduler.set_timesteps(steps)
+    sigmas = pipe.scheduler.sigmas.float()
+    empty = host_model.empty_conditioning(loaded().adapter)
+    if pose_cfg is None:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(empty, empty)
+        guider.set_cfg(cfg)
+    else:
+        guider = host_guider.make_guider(model, empty, None, pose_cfg, cfg)
+    euler = comfy.samplers.sampler_object("euler")
+    out = guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True)
+    return loaded().vae.decode(out).movedim(-1, 1)
+
+
+def through_pipeline(
+    noise: Tensor, steps: int, omega: Tensor | None, cfg: float = 1.0, size=(64, 48), **more
+) -> Tensor:
+    shown = person(3, "stand", *size)
+    pipe = pipeline()
+    features = pipe.encode_source(shown.image, HumanParsing(shown.parsing), read_back(keypoints(shown)))
+    pipe.scheduler.set_timesteps(steps)
+    # The host starts from the highest noise at the variance that its forward process has there.
+    scale = (1 + pipe.scheduler.sigmas[0] ** 2).sqrt() / pipe.scheduler.init_noise_sigma
+    return pipe(
+        features,
+        read_back(keypoints(person(5, "walk"))),
+        height=64,
+        width=48,
+        num_inference_steps=steps,
+        guidance_source=cfg,
+        region_weights=omega,
+        latents=noise * scale,
+        **more,
+    ).images
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn((1, 48, 16, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def gap(a: Tensor, b: Tensor, what: str) -> float:
+    worst = float((a - b).abs().max())
+    print(f"parity, {what}: max abs difference {worst:.2e}")
+    return worst
+
+
+@pytest.mark.parametrize("steps", [1, 4, 12])
+def test_sampling_is_the_pipelines(steps: int) -> None:
+    ours, theirs = through_host(noise(), steps, ONES), through_pipeline(noise(), steps, None)
+    assert gap(ours, theirs, f"{steps} Euler steps") < LIMIT
+
+
+def test_source_guidance_is_the_pipelines() -> None:
+    ours = through_host(noise(1), 4, ONES, cfg=3.0)
+    theirs = through_pipeline(noise(1), 4, None, cfg=3.0)
+    assert gap(ours, theirs, "4 steps, source guidance 3") < LIMIT
+
+
+@pytest.mark.parametrize("scales", [(2.0, 3.0), (1.5, 0.0), (1.0, 1.0)])
+def test_two_guidance_scales_are_the_pipelines(scales: tuple[float, float]) -> None:
+    pose, source = scales
+    ours = through_host(noise(4), 4, ONES, cfg=source, pose_cfg=pose)
+    theirs = through_pipeline(noise(4), 4, None, cfg=source, guidance_pose=pose)
+    assert gap(ours, theirs, f"4 steps, pose guidance {pose:g}, source guidance {source:g}") < LIMIT
+
+
+def test_parity_would_notice() -> None:
+    """Each part on its own moves the picture much further than the limit."""
+    full = through_pipeline(noise(), 4, None)
+    adapter = loaded().adapter
+    for name in ("site_weights", "cross_tokens", "aligned"):
+        with pytest.MonkeyPatch.context() as patch:
+            nothing = {"site_weights": None, "cross_tokens": {}, "aligned": None}[name]
+            patch.setattr(adapter, name, lambda *args, _nothing=nothing, **more: _nothing)
+            assert gap(through_host(noise(), 4, ONES), full, f"without {name}") > 10 * LIMIT
+
+
+def test_region_weights_and_strength_are_the_pipelines() -> None:
+    weights = {**ONES, "background": 0.0, "upper": 0.4, "hair": 0.0}
+    omega = torch.tensor(list(weights.values()))
+    ours = through_host(noise(2), 4, weights, strength=0.7)
+    theirs = through_pipeline(noise(2), 4, omega, strength=0.7)
+    assert gap(ours, theirs, "4 steps, region weights, strength 0.7") < LIMIT
+
+
+def test_another_source_size_is_framed_as_in_the_pipeline() -> None:
+    ours = through_host(noise(3), 4, ONES, size=(120, 120))
+    theirs = through_pipeline(noise(3), 4, None, size=(120, 120))
+    assert gap(ours, theirs, "4 steps, a square source") < LIMIT
+
+
+def test_source_features_are_the_pipelines() -> None:
+    shown, ours = encode()
+    theirs = pipeline().encode_source(shown.image, HumanParsing(shown.parsing), read_back(keypoints(shown)))
+    names = host_model.host_sites(loaded().source.model.model_config.unet_config)
+    assert {names[site] for site in theirs.sites} == set(ours.sites)
+    for site, tokens in theirs.sites.items():
+        assert float((ours.sites[names[site]] - tokens).abs().max()) < 1e-4, site
+    assert torch.equal(ours.caa.shown, theirs.caa.shown)
+    assert float((ours.caa.tokens - theirs.caa.tokens).abs().max()) < 1e-5
+    assert torch.equal(ours.image, theirs.image)
+    assert isinstance(ours, host.HostFeatures) and ours.family == "mannequin"
