@@ -404,6 +404,7 @@ class AppliedSource:
         """Whether body match is on at any site."""
         return self.gamma > 0 if self.weights is None else any(_is_on(w.gamma) for w in self.weights.values())
 
+    @property
     def aligns(self) -> bool:
         """Whether P comes from CAA."""
         return bool(self.cross) and not self.given and self.has_beta
@@ -463,7 +464,12 @@ class AppliedSource:
             put(rows),
             put(log_w),
             put(body),
-            SiteWeights(put(how.beta), put(how.gamma), put(how.region_log_weight)),
+            # Numbers that match nothing become a plain 0, so that no call has to look at them on the GPU.
+            SiteWeights(
+                put(how.beta) if _is_on(how.beta) else 0.0,
+                put(how.gamma) if _is_on(how.gamma) else 0.0,
+                put(how.region_log_weight),
+            ),
             None if cross is None else cross.to(device, dtype),
         )
 
@@ -741,7 +747,7 @@ class _Call:
         replaces["attn1"] = attn1
         options["patches_replace"] = replaces
         more: dict[str, list] = {}
-        if any(a.aligns() for a in self.active):
+        if any(a.aligns for a in self.active):
             more["attn1_patch"] = [keep_self_input]
         if any(a.cross for a in self.active):
             more["attn2_patch"] = [keep_cross_input]
@@ -932,7 +938,7 @@ class _Replace:
         self, applied: AppliedSource, kept: _Kept, grid: tuple[int, int], chunks: list[int], n: Tensor | None
     ) -> Tensor | None:
         """P: what the user gave, else CAA's alignment, else the carried parsing. [rows, N, 7] or None."""
-        if not _is_on(kept.how.beta):
+        if isinstance(kept.how.beta, float | int) and kept.how.beta == 0:
             return None
         prior = self.call.target_rows(applied, grid, chunks)
         if applied.given or kept.cross is None or n is None:

@@ -440,6 +440,8 @@ class Adapter:
             return None
         parts, device = self._loaded()
         source = source.to(device)
+        if target_body.shape[0] == 1:
+            target_body = target_body.expand(source.batch, -1, -1)
         omega = None if omega is None else omega.to(device)
         made = parts.encode_aligned(source, target_body.to(device), omega)
         return None if made is None else (strength * made[0].cpu(), strength * made[1].cpu())

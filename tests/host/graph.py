@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE_VERSION = "0.19.3"
 NOTE = "MarkdownNote"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-GAP, HEAD, ROW, WIDGET = 60, 34, 22, 26
+GAP, HEAD, ROW, WIDGET = 60, 10, 20, 24
 WIDTH = 320
 
 
@@ -57,6 +57,18 @@ def has_control(name: str, declaration: list) -> bool:
     settings = declaration[1] if len(declaration) > 1 else {}
     named = declaration[0] == "INT" and name in ("seed", "noise_seed")
     return bool(settings.get("control_after_generate", named))
+
+
+def joined_lines(text: str) -> str:
+    """Markdown without the line breaks that only keep a source file narrow."""
+    lines: list[str] = []
+    for line in (line.strip() for line in text.strip().splitlines()):
+        begins = not line or line.startswith(("#", "* ")) or not lines or not lines[-1] or lines[-1].startswith("#")
+        if begins:
+            lines.append(line)
+        else:
+            lines[-1] += " " + line
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class Node:
         sockets = sum(not is_widget(d) for _, d, _ in inputs)
         widgets = [(n, d) for n, d, _ in inputs if is_widget(d)]
         high = sum((4 if _settings(d).get("multiline") else 1) + has_control(n, d) for n, d in widgets)
-        return HEAD + max(sockets, len(self.info["output"])) * ROW + high * WIDGET + self.room + 10
+        return HEAD + max(sockets, len(self.info["output"])) * ROW + high * WIDGET + self.room + 6
 
 
 def _settings(declaration: list) -> dict:
@@ -120,8 +132,9 @@ class Graph:
         yield
 
     def note(self, text: str, height: int) -> None:
-        """A note in the graph, in Markdown."""
-        self._place(Node(len(self.nodes) + 1, NOTE, None, {"output": [], "output_name": []}, {}, [], text, height))
+        """A note in the graph, in Markdown. Lines of a paragraph or of an item are joined."""
+        info = {"output": [], "output_name": []}
+        self._place(Node(len(self.nodes) + 1, NOTE, None, info, {}, [], joined_lines(text), height))
 
     def add(
         self,

@@ -54,15 +54,19 @@ NEGATIVE = "blurry, deformed, extra limbs, cropped, text, watermark"
 PREVIEW = 230
 """Pixels for the picture that a node shows."""
 
-OWN_PHOTO = """## Your own person
+OWN_PHOTO = """
+## Your own person
 Replace **Mannequin** by *Load Image*, and give SourceNet Encode a parsing of that image:
 * *Parsing from Masks* with masks from any segmentation node or painted by hand, or
 * *Parsing from Label Map* with the label map of a human parser.
 
-The pose comes from an OpenPose or DWPose node. It is optional: without it the regions cannot be carried to the new pose.
+The pose comes from an OpenPose or DWPose node. It is optional: without it the regions cannot be carried to the
+new pose.
 """
-OWN_POSE = """## Your own pose
-Replace this **Mannequin** by *Load Pose* (OpenPose JSON), or by an OpenPose or DWPose node that reads a photo. Only the keypoints are used.
+OWN_POSE = """
+## Your own pose
+Replace this **Mannequin** by *Load Pose* (OpenPose JSON), or by an OpenPose or DWPose node that reads a photo. Only
+the keypoints are used.
 """
 
 
@@ -84,12 +88,19 @@ def training_free(graph: Graph, model: dict, openpose: dict, width: int, height:
     """Source person and target pose from mannequins, any checkpoint of the family."""
     with graph.group("Start here"):
         graph.note(
-            f"# {title}\nShows the person of the source picture in another pose, without any training: the checkpoint "
-            "reads the source once (**SourceNet Encode**), and **Apply HPFA** lets it look there while it makes the "
-            "picture.\n\nYou need a checkpoint and an OpenPose ControlNet of the same family; the links are in the two "
-            f"loaders. Any other {model['name'].split('-')[0].split('_')[0].upper().replace('V1', 'SD1.5')} checkpoint "
-            "will do.\n\nThe source is a drawn mannequin so that this runs as it stands. Photos of people suit the "
-            "checkpoint better.",
+            f"""
+            # {title}
+            Shows the person of the source picture in another pose, without any training: the checkpoint reads
+            the source once (**SourceNet Encode**), and **Apply HPFA** lets it look there while it makes the
+            picture.
+
+            You need a checkpoint and an OpenPose ControlNet of the same family; the links are in the two
+            loaders. Any other {model["name"].split("-")[0].split("_")[0].upper().replace("V1", "SD1.5")}
+            checkpoint will do.
+
+            The source is a drawn mannequin so that this runs as it stands. Photos of people suit the checkpoint
+            better.
+            """,
             330,
         )
         loader = checkpoint(graph, model)
@@ -142,12 +153,17 @@ def training_free(graph: Graph, model: dict, openpose: dict, width: int, height:
         saved(graph, done["LATENT"], loader["VAE"], prefix)
     with graph.group("What to turn"):
         graph.note(
-            "## Apply HPFA\n* **strength**: how much the source counts.\n* **face ... accessory**: which parts of the "
-            "source count. 0 leaves a part out. **background** 0 keeps the source's surroundings out.\n"
-            "* **region_match**: how strictly the new face looks at the old face, the new top at the old top.\n"
-            "* **end_percent** below 1 gives the model the last steps for itself.\n* **unconditional**: *drop* makes the "
-            "source stronger with cfg, *keep* leaves cfg to the prompt.\n\nStrength 0, or bypassing the node, is "
-            "exactly the checkpoint.",
+            """
+            ## Apply HPFA
+            * **strength**: how much the source counts.
+            * **face ... accessory**: which parts of the source count. 0 leaves a part out. **background** 0
+              keeps the source's surroundings out.
+            * **region_match**: how strictly the new face looks at the old face, the new top at the old top.
+            * **end_percent** below 1 gives the model the last steps for itself.
+            * **unconditional**: *drop* makes the source stronger with cfg, *keep* leaves cfg to the prompt.
+
+            Strength 0, or bypassing the node, is exactly the checkpoint.
+            """,
             330,
         )
 
@@ -182,10 +198,14 @@ def many_poses_one_source(graph: Graph) -> None:
     width, height = 512, 768
     with graph.group("Start here"):
         graph.note(
-            "# One source, many poses\n**SourceNet Encode** reads the person once. **Load Pose** gives four poses, and "
-            "the batch shows the person in each of them. Change the poses, the seed or the prompt: the source is not "
-            "read again.\n\nThe poses are OpenPose JSON, pasted into the node; choose a file of the input folder "
-            "instead if you like. **batch_size** of the latent is the number of poses.",
+            """
+            # One source, many poses
+            **SourceNet Encode** reads the person once. **Load Pose** gives four poses, and the batch shows the
+              person in each of them. Change the poses, the seed or the prompt: the source is not read again.
+
+            The poses are OpenPose JSON, pasted into the node; choose a file of the input folder instead if you
+            like. **batch_size** of the latent is the number of poses.
+            """,
             260,
         )
         loader = checkpoint(graph, SD15)
@@ -230,10 +250,15 @@ def swap_garment(graph: Graph) -> None:
     width, height = 512, 768
     with graph.group("Start here"):
         graph.note(
-            "# Face of A, top of B\nTwo sources, two **Apply HPFA**, one after the other. The first keeps everything of "
-            "person A but the top, the second keeps the top of person B and nothing else. Tokens of weight 0 are not "
-            "read at all, so nothing of A's top and nothing of B's face gets through.\n\nTurn the weights to swap "
-            "something else: **lower** for trousers and skirts, **accessory** for shoes and bags, **hair** for hair.",
+            """
+            # Face of A, top of B
+            Two sources, two **Apply HPFA**, one after the other. The first keeps everything of person A but the
+            top, the second keeps the top of person B and nothing else. Tokens of weight 0 are not read at all,
+            so nothing of A's top and nothing of B's face gets through.
+
+            Turn the weights to swap something else: **lower** for trousers and skirts, **accessory** for shoes
+            and bags, **hair** for hair.
+            """,
             280,
         )
         loader = checkpoint(graph, SD15)
@@ -306,10 +331,15 @@ def with_lora_and_ipadapter(graph: Graph) -> None:
     width, height = 512, 768
     with graph.group("Start here"):
         graph.note(
-            "# With a LoRA and an IP-Adapter\nApply HPFA takes and gives an ordinary MODEL, so everything else that "
-            "patches a model may come before or after it.\n\nHere a LoRA (LCM, for 8 steps; choose any other) and the "
-            "host's own *ModelSamplingDiscrete*. **SourceNet Encode gets the model with the LoRA**: the source is then "
-            "read as the picture is made. A LoRA that is added later also acts on the source, at every step.",
+            """
+            # With a LoRA and an IP-Adapter
+            Apply HPFA takes and gives an ordinary MODEL, so everything else that patches a model may come
+            before or after it.
+
+            Here a LoRA (LCM, for 8 steps; choose any other) and the host's own *ModelSamplingDiscrete*.
+            **SourceNet Encode gets the model with the LoRA**: the source is then read as the picture is made. A
+            LoRA that is added later also acts on the source, at every step.
+            """,
             290,
         )
         loader = checkpoint(graph, SD15)
@@ -351,11 +381,17 @@ def with_lora_and_ipadapter(graph: Graph) -> None:
         latent = graph.add("EmptyLatentImage", width=width, height=height)
     with graph.group("Model"):
         graph.note(
-            "## An IP-Adapter goes here\nInstall an IP-Adapter pack, and put its *Apply* node between **LoraLoader** and "
-            "**Apply HPFA**: its model input takes the LoRA's model, its output goes to Apply HPFA. Give it the source "
-            "image (the mannequin's **image**) and a weight of 0.4 to 0.6.\n\nIt tells the model what is in the source "
-            "picture as a whole; HPFA keeps where it is and what it looks like. Leave the model of SourceNet Encode as "
-            "it is.\n\nThis graph loads and runs without that pack.",
+            """
+            ## An IP-Adapter goes here
+            Install an IP-Adapter pack, and put its *Apply* node between **LoraLoader** and **Apply HPFA**: its
+            model input takes the LoRA's model, its output goes to Apply HPFA. Give it the source image (the
+            mannequin's **image**) and a weight of 0.4 to 0.6.
+
+            It tells the model what is in the source picture as a whole; HPFA keeps where it is and what it
+            looks like. Leave the model of SourceNet Encode as it is.
+
+            This graph loads and runs without that pack.
+            """,
             300,
         )
         patched = graph.add(
@@ -368,13 +404,13 @@ def with_lora_and_ipadapter(graph: Graph) -> None:
         saved(graph, done["LATENT"], loader["VAE"], "with_lora")
 
 
-def bundled(graph: Graph, seed: int, source_pose: str, target_pose: str) -> dict[str, Node]:
-    """The bundled demo model on two mannequins, up to the sampled latent; needs no file."""
+def bundled(graph: Graph, seed: int, target_pose: str, **apply: object) -> dict[str, Node]:
+    """The bundled demo model on two mannequins, up to the sampled latent; needs no file. apply: for Apply HPFA."""
     with graph.group("Model"):
         loader = graph.add("TruePoseLoadModel", file="bundled demo")
         latent = graph.add("TruePoseEmptyLatent", adapter=loader["adapter"])
     with graph.group("Source person"):
-        person = graph.add("TruePoseMannequin", title="Mannequin: source", seed=seed, pose=source_pose, room=PREVIEW)
+        person = graph.add("TruePoseMannequin", title="Mannequin: source", seed=seed, room=PREVIEW)
         source = graph.add(
             "TruePoseSourceNetEncode",
             model=loader["source_net"],
@@ -392,7 +428,7 @@ def bundled(graph: Graph, seed: int, source_pose: str, target_pose: str) -> dict
             model=posed["model"],
             source=source["source"],
             target_pose=target["pose"],
-            background=1.0,
+            **apply,
         )
         done = sampled(
             graph,
@@ -416,19 +452,28 @@ def enlarged(graph: Graph, image: Out, room: int = 420) -> None:
 def demo(graph: Graph) -> None:
     with graph.group("Start here"):
         graph.note(
-            "# TruePose demo\nPress **Run**. The person on the left is shown in the pose of the other mannequin: the same "
-            "face, hair and clothes, in a pose that the model has not seen of them. It takes a few seconds on a CPU and "
-            "needs no download.\n\nThe bundled model is tiny (48 x 64 pixels) and knows only this world of mannequins. It "
-            "shows how the nodes go together; for photos see *sd15_training_free* and *sdxl_training_free*.",
+            """
+            # TruePose demo
+            Press **Run**. The person on the left is shown in the pose of the other mannequin: the same face,
+            hair and clothes, in a pose that the model has not seen of them. It takes a few seconds on a CPU and
+            needs no download.
+
+            The bundled model is tiny (48 x 64 pixels) and knows only this world of mannequins. It shows how the
+            nodes go together; for photos see *sd15_training_free* and *sdxl_training_free*.
+            """,
             280,
         )
         graph.note(
-            "## Try\n* another **seed** at *Mannequin: source*: another person\n* another **pose** at *Mannequin: pose*, or "
-            "`random` with a **pose_seed**\n* **upper** 0 at Apply HPFA: the top is made up\n* **strength** 0: the person is "
-            "made up",
+            """
+            ## Try
+            * another **seed** at *Mannequin: source*: another person
+            * another **pose** at *Mannequin: pose*, or `random` with a **pose_seed**
+            * **upper** 0 at Apply HPFA: the top is made up
+            * **strength** 0: the person is made up
+            """,
             190,
         )
-    made = bundled(graph, 5, "stand", "wave")
+    made = bundled(graph, 5, "wave", background=1.0)
     with graph.group("Result"):
         decoded = graph.add("VAEDecode", samples=made["done"]["LATENT"], vae=made["loader"]["vae"])
         enlarged(graph, decoded["image"])
@@ -437,19 +482,31 @@ def demo(graph: Graph) -> None:
 def attention_view(graph: Graph) -> None:
     with graph.group("Start here"):
         graph.note(
-            "# Where does the picture look?\nPress **Run**; it needs no download. **Attention View** shows where in the "
-            "source the new picture looks while it is made, with HPFA and without.\n\n* *everywhere*: from all places of "
-            "the picture. *from face*, *from upper* ...: from the places where those regions are going to be.\n* The bars "
-            "say how much attention the average token of each region gets; 1 is an even look.\n\nIt works in the same way "
-            "with any checkpoint: connect the model of Apply HPFA, the prompt and the sampler's latent.",
+            """
+            # Where does the picture look?
+            Press **Run**; it needs no download. **Attention View** shows where in the source the new picture
+            looks while it is made, with HPFA and without.
+
+            * *everywhere*: from all places of the picture. *from face*, *from upper* ...: from the places where
+              those regions are going to be.
+            * The bars say how much attention the average token of each region gets; 1 is an even look.
+
+            It works in the same way with any checkpoint: connect the model of Apply HPFA, the prompt and the
+            sampler's latent.
+            """,
             330,
         )
         graph.note(
-            "## Try\n* **percent** 0.1 and 0.9: early and late in the sampling\n* **upper** 0 at Apply HPFA\n* "
-            "**match** *as set* and **region_match** 8 at Apply HPFA",
+            """
+            ## Try
+            * **percent** 0.1 and 0.9: early and late in the sampling
+            * **upper** 0 at Apply HPFA
+            * **match** *learned* at Apply HPFA: as the bundled model was trained
+            * **region_match** 0 and 8
+            """,
             150,
         )
-    made = bundled(graph, 6, "stand", "kick")
+    made = bundled(graph, 6, "kick", match="as set", region_match=4.0)
     with graph.group("Where it looked"):
         view = graph.add(
             "TruePoseAttentionView",
@@ -512,7 +569,7 @@ def main() -> None:
             from pictures import take
 
             for name in names:
-                print(take(server, Path(folder), WORKFLOWS / f"{name}.json"))
+                print(take(server, WORKFLOWS / f"{name}.json"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ NODES = {
     "TruePoseParsingToSEGS",
     "TruePoseLoadPose",
     "TruePoseDrawSkeleton",
+    "TruePoseLoadModel",
+    "TruePoseEmptyLatent",
+    "TruePoseApplyPoseEncoder",
+    "TruePoseGuider",
+    "TruePoseHPFASampler",
+    "TruePoseMannequin",
+    "TruePoseAttentionView",
 }
 
 

@@ -66,9 +66,6 @@ class TruePoseConfig:
                 "expected 'sample'"
             )
 
-        if self.aligned and self.prediction_type != "sample":
-            raise TruePoseError(f"aligned needs x0 prediction ('sample'); the model predicts {self.prediction_type!r}")
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 

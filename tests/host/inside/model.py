@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.samplers
@@ -15,15 +17,51 @@ from pack.nodes import host, host_guider, host_model
 from pack.nodes.model import ApplyPoseEncoder, EmptyLatent, LoadModel
 from pack.nodes.sampler import Guider, HPFASampler
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
-from parity import ONES, encode, keypoints, loaded, noise, person
 from torch import Tensor
 
 import nodes as host_nodes
 from truepose_core.errors import TruePoseError
 from truepose_core.guidance import combine_guidance
+from truepose_core.mannequin import ready_poses, render, sample_identities
+from truepose_core.mannequin.world import split_seed
 from truepose_core.models.store import bundled_path
 from truepose_core.parsing import HumanParsing
+from truepose_core.pose import Person, Pose, write_pose
 from truepose_core.regions import REGION_NAMES
+
+WORLD = split_seed("test", 0)
+ONES = dict.fromkeys(REGION_NAMES, 1.0)
+
+
+@lru_cache
+def loaded() -> host_model.Loaded:
+    return host_model.load(host_model.model_path(host_model.BUNDLED))
+
+
+@lru_cache
+def person(seed: int, pose: str, height: int = 64, width: int = 48):
+    return render(sample_identities([seed], WORLD), ready_poses()[pose], height, width)
+
+
+def keypoints(shown: object) -> list[dict]:
+    height, width = shown.image.shape[2:]
+    return write_pose([Pose(width, height, (Person(body.numpy()),)) for body in shown.keypoints])
+
+
+def encode(source_size: tuple[int, int] = (64, 48)) -> tuple[object, object]:
+    shown = person(3, "stand", *source_size)
+    (features,) = SourceNetEncode.execute(
+        loaded().source,
+        loaded().vae,
+        shown.image.movedim(1, -1),
+        HumanParsing(shown.parsing),
+        pose=keypoints(shown),
+    ).result
+    return shown, features
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn((1, 48, 16, 12), generator=torch.Generator().manual_seed(seed))
 
 
 def run(node: type, **inputs: object) -> tuple:
@@ -71,6 +109,11 @@ def test_the_node_gives_what_it_says() -> None:
     assert conditioning[0][0].shape == (1, 1, 64)
     assert LoadModel.GET_SCHEMA().inputs[0].options[0] == host_model.BUNDLED
     assert isinstance(LoadModel.fingerprint_inputs(file=host_model.BUNDLED), str)
+
+
+def test_loading_needs_no_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert host_model.load(host_model.model_path(host_model.BUNDLED)).adapter.latent_shape == (48, 16, 12)
 
 
 def test_a_file_in_the_models_folder() -> None:
@@ -251,6 +294,52 @@ def test_the_all_in_one_sampler_is_the_nodes_one_by_one() -> None:
     assert float((one["samples"] - by_hand["samples"]).abs().max()) < 1e-5
     with pytest.raises(TruePoseError, match="connect latent and positive"):
         run(HPFASampler, model=make_model(), source=features)
+
+
+def test_another_nodes_cross_attention_stays() -> None:
+    """What an IP-Adapter does: it owns attn2's slot. CAA adds to what comes out of it."""
+    x, seen = noise(11), []
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
+        seen.append(extra["block"])
+        return host.host_attention.optimized_attention(q, k, v, extra["n_heads"])
+
+    before = denoised(with_source(posed()), x)
+    for first in (True, False):
+        model = posed().clone()
+        model = model if first else with_source(model).clone()
+        for block in (("input", 1), ("middle", 0), ("output", 3)):
+            model.set_model_attn2_replace(theirs, *block)
+        model = with_source(model) if first else model
+        assert float((denoised(model, x) - before).abs().max()) < 1e-5
+    assert set(seen) == {("input", 1), ("middle", 0), ("output", 3)}
+
+
+def test_two_sources_share_the_picture() -> None:
+    x = noise(12)
+    top = {**dict.fromkeys(REGION_NAMES, 0.0), "upper": 1.0}
+    rest = {**ONES, "upper": 0.0}
+    both = denoised(with_source(with_source(posed(), **rest), **top), x)
+    for one in (top, rest, ONES):
+        assert float((both - denoised(with_source(posed(), **one), x)).abs().max()) > 1e-3
+
+
+def test_two_people_in_one_batch() -> None:
+    shown = [person(3, "stand"), person(4, "stand")]
+    (features,) = run(
+        SourceNetEncode,
+        model=loaded().source,
+        vae=loaded().vae,
+        image=torch.cat([s.image for s in shown]).movedim(1, -1),
+        parsing=HumanParsing(torch.cat([s.parsing for s in shown])),
+        pose=keypoints(shown[0]) + keypoints(shown[1]),
+    )
+    target = keypoints(person(5, "walk"))
+    (model,) = run(ApplyHPFA, model=posed(), source=features, target_pose=target, **ONES)
+    x = torch.cat([noise(7), noise(7)])
+    together = denoised(model, x)
+    assert float((together[:1] - denoised(with_source(posed()), x[:1])).abs().max()) < 1e-5
+    assert float((together[:1] - together[1:]).abs().max()) > 0.01
 
 
 class TestRefuses:
