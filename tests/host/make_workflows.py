@@ -507,6 +507,9 @@ def attention_view(graph: Graph) -> None:
             150,
         )
     made = bundled(graph, 6, "kick", match="as set", region_match=4.0)
+    with graph.group("Picture as made"):
+        decoded = graph.add("VAEDecode", samples=made["done"]["LATENT"], vae=made["loader"]["vae"])
+        enlarged(graph, decoded["image"], 300)
     with graph.group("Where it looked"):
         view = graph.add(
             "TruePoseAttentionView",
@@ -515,11 +518,8 @@ def attention_view(graph: Graph) -> None:
             latent=made["done"]["LATENT"],
             image=made["person"]["image"],
         )
-        shown = graph.add("PreviewImage", images=view["image"], room=760)
-        shown.width = 1100
-    with graph.group("Picture as made"):
-        decoded = graph.add("VAEDecode", samples=made["done"]["LATENT"], vae=made["loader"]["vae"])
-        enlarged(graph, decoded["image"])
+        shown = graph.add("PreviewImage", images=view["image"], room=480)
+        shown.width = 720
 
 
 BUILDERS: dict[str, Callable[[Graph], None]] = {

@@ -11,7 +11,7 @@ from server import Server
 
 WIDTH, QUALITY = 1000, 85
 SHOWN = 300
-"""Height of the nodes' pictures in pixels."""
+"""Height of the nodes' pictures in pixels, where they fit side by side."""
 SHOWS = ("TruePoseMannequin", "TruePoseDrawSkeleton", "TruePoseAttentionView")
 
 # Only the canvas and what lies on it: bars and panels of the page differ between versions.
@@ -81,16 +81,18 @@ def take(server: Server, file: Path) -> Path:
     from PIL import Image
 
     pictures = shown(server, json.loads(file.read_text(encoding="utf-8")))
-    small = [one.resize((round(one.width * SHOWN / one.height), SHOWN), Image.LANCZOS) for one in pictures]
+    gap = 10
+    across = sum(one.width / one.height for one in pictures)
+    high = min(SHOWN, int((WIDTH - gap * (len(pictures) + 1)) / across))
+    small = [one.resize((round(one.width * high / one.height), high), Image.LANCZOS) for one in pictures]
     graph = graph_picture(server, file)
     graph = graph.resize((WIDTH, round(graph.height * WIDTH / graph.width)), Image.LANCZOS)
-    sheet = Image.new("RGB", (WIDTH, SHOWN + 20 + graph.height), (32, 32, 32))
-    gap = 10
+    sheet = Image.new("RGB", (WIDTH, high + 2 * gap + graph.height), (32, 32, 32))
     x = max(0, (WIDTH - sum(one.width for one in small) - gap * (len(small) - 1)) // 2)
     for one in small:
-        sheet.paste(one, (x, 10))
+        sheet.paste(one, (x, gap))
         x += one.width + gap
-    sheet.paste(graph, (0, SHOWN + 20))
+    sheet.paste(graph, (0, high + 2 * gap))
     out = file.with_suffix(".jpg")
     sheet.save(out, quality=QUALITY)
     return out

@@ -79,7 +79,7 @@ def test_structure(name: str, info: dict) -> None:
             assert x + w <= a or a + c <= x or y + h + 30 <= b or b + d + 30 <= y, "two nodes overlap"
 
 
-def test_they_use_the_whole_pack_and_nothing_foreign(info: dict) -> None:
+def test_they_show_the_packs_nodes_and_need_no_other_pack(info: dict) -> None:
     used = {node["type"] for name in NAMES for node in read(name)["nodes"]}
     assert {t for t in used if t.startswith("TruePose")} >= {
         "TruePoseMannequin",
