@@ -133,7 +133,8 @@ def without_guidance(model: object) -> object:
 
 
 def unguided(applied: host.AppliedSource) -> host.AppliedSource:
-    """The same source with nothing that guides the look at it."""
+    """The same source with nothing that guides the look at it. CAA and the carried source stay: they are no part of
+    the self-attention that is compared."""
     ones = (1.0,) * len(applied.omega)
     return replace(applied, omega=ones, beta=0.0, gamma=0.0, strength=1.0, target=None, target_body=None, weights=None)
 

@@ -194,7 +194,7 @@ def test_a_closed_token_weighs_exactly_nothing():
 
 
 def test_body_match_is_zero_off_the_body_and_falls_with_distance():
-    q, k, v, source, _ = make(8, heads=1, n=1, m=3)
+    q, _, _, source, _ = make(8, heads=1, n=1, m=3)
     q = torch.zeros_like(q)
     body = torch.tensor([[[0.0, 0, 1], [1.0, 0, 1], [5.0, 0, 0]]], dtype=torch.float64).expand(2, -1, -1)
     source = SourceTokens(torch.zeros_like(source.k), source.v, body=body)

@@ -28,6 +28,8 @@ def test_inside(host: Host, has_pytest: None, file: str) -> None:
     command += ["--rootdir", str(INSIDE), "--confcutdir", str(INSIDE), str(INSIDE / file)]
     environment = dict(os.environ, COMFYUI_DIR=str(host.folder))
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    if done.returncode in (0, 5) and " skipped" in done.stdout and " passed" not in done.stdout:
+        pytest.skip(f"{file}: {done.stdout.strip().splitlines()[-1]}")
     counted = re.search(r"(\d+) passed", done.stdout)
     print(f"{file} in ComfyUI {host.version}: {done.stdout.strip().splitlines()[-1]}", file=sys.stderr)
     assert done.returncode == 0 and counted, done.stdout[-8000:] + done.stderr[-2000:]

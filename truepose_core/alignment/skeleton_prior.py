@@ -240,8 +240,8 @@ def region_prior(
     """The source's parsing carried to the target pose: P of HPFA where nothing better is known.
 
     parsing: the source's, [B, 7, H, W]. Result [B, 7, height, width]. aspect: width / height of the target image, by
-    default that of the grid. Off the body it says background; on a limb that the source does not show, what the source's
-    person is on the whole; a head seen from behind shows hair where the source shows its face.
+    default that of the grid. Off the body it says background; on a limb that the source does not show, what the
+    source's person is on the whole; a head seen from behind shows hair where the source shows its face.
     """
     masks = parsing.masks
     source_aspect = masks.shape[-1] / masks.shape[-2]
