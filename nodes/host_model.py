@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
+from truepose_core.attention.caa import CAASite, RegionTokens
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
 from truepose_core.models.codec import PixelCodec
-from truepose_core.models.config import CAAConfig, TruePoseConfig
-from truepose_core.models.model import CAA, AlignedEncoder, TruePoseModel
+from truepose_core.models.config import TruePoseConfig
+from truepose_core.models.model import AlignedEncoder, RegionReader, TruePoseModel
 from truepose_core.models.store import ARCHITECTURE, bundled_path, load_strict, read_metadata
 from truepose_core.parsing import HumanParsing
 
@@ -289,36 +289,6 @@ class _PoseEncoder(nn.Module):
         return self.conv_out(x)
 
 
-class _RegionReader(nn.Module):
-    """CAA's vision tower and resampler: the core's own forward, without the two UNets that the core's class wants."""
-
-    def __init__(self, config: CAAConfig, context: int) -> None:
-        super().__init__()
-        from open_clip.transformer import VisionTransformer
-
-        self.config = config
-        self.vision = VisionTransformer(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            mlp_ratio=4.0,
-            output_dim=config.width,
-            output_tokens=True,
-        )
-        self.resampler = RegionResampler(
-            config.width,
-            context,
-            dim=config.resampler_dim,
-            per_region=config.per_region,
-            depth=config.resampler_depth,
-            heads=config.heads,
-        )
-
-    forward = CAA.forward
-
-
 class _Parts(nn.Module):
     """What an adapter computes with, as one module that the host moves. Names are those of the file."""
 
@@ -340,7 +310,7 @@ class _Parts(nn.Module):
             self.hpfa.update({key: HPFASite(heads) for key, (_, heads) in sites.items()})
         self.caa: nn.Module | None = None
         if config.caa is not None:
-            self.caa = _RegionReader(config.caa, context)
+            self.caa = RegionReader(config.caa, context)
             for name in ("source_sites", "target_sites"):
                 made = {key: CAASite(context, inner, heads) for key, (inner, heads) in sites.items()}
                 self.caa.add_module(name, nn.ModuleDict(made))

@@ -44,10 +44,10 @@ def _add_pose(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
     return output if embedding is None else output + embedding.to(output)
 
 
-class CAA(nn.Module):
-    """Vision tower, resampler, and the decoupled cross-attention of every site of both nets."""
+class RegionReader(nn.Module):
+    """Vision tower and resampler: a picture of the person and its parsing in, region tokens of width `context` out."""
 
-    def __init__(self, config: CAAConfig, context: int, source_net: nn.Module, target_net: nn.Module):
+    def __init__(self, config: CAAConfig, context: int):
         super().__init__()
         from open_clip.transformer import VisionTransformer
 
@@ -71,16 +71,6 @@ class CAA(nn.Module):
             heads=config.heads,
         )
 
-        def sites(net: nn.Module) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {
-                    key_of(name): CAASite(context, block.attn2.inner_dim, block.attn2.heads, config.scale)
-                    for name, block in attention_sites(net).items()
-                }
-            )
-
-        self.source_sites, self.target_sites = sites(source_net), sites(target_net)
-
     def forward(self, image: Tensor, parsing: HumanParsing) -> RegionTokens:
         """image [B, 3, H, W] in [0, 1] with its parsing -> region tokens. The background is painted grey."""
         height, width = self.config.image_size
@@ -91,6 +81,23 @@ class CAA(nn.Module):
         _, patches = self.vision((image - 0.5) / 0.25)
         rows = parsing.tokens(height // self.config.patch_size, width // self.config.patch_size)
         return self.resampler(patches, rows.to(patches))
+
+
+class CAA(RegionReader):
+    """The region reader, and the decoupled cross-attention of every site of both nets."""
+
+    def __init__(self, config: CAAConfig, context: int, source_net: nn.Module, target_net: nn.Module):
+        super().__init__(config, context)
+
+        def sites(net: nn.Module) -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {
+                    key_of(name): CAASite(context, block.attn2.inner_dim, block.attn2.heads, config.scale)
+                    for name, block in attention_sites(net).items()
+                }
+            )
+
+        self.source_sites, self.target_sites = sites(source_net), sites(target_net)
 
 
 class AlignedEncoder(nn.Module):
