@@ -75,12 +75,23 @@ def add_folder_arguments(parser: argparse._ActionsContainer) -> None:
         help="for a Stable Diffusion folder: a folder with an OpenPose ControlNet in diffusers format, which carries "
         "the pose; without one such a model sees the pose through the regions only",
     )
+    parser.add_argument(
+        "--vae",
+        metavar="FOLDER",
+        help="for a model file that truepose train made from a Stable Diffusion folder: that folder, for its VAE",
+    )
 
 
 def open_model(
-    name: str, device_name: str, dtype_name: str, *, prompt: str | None = None, controlnet: str | None = None
+    name: str,
+    device_name: str,
+    dtype_name: str,
+    *,
+    prompt: str | None = None,
+    controlnet: str | None = None,
+    vae: str | None = None,
 ) -> Opened:
-    """Load a model and put it on its device. prompt, controlnet: for a folder.
+    """Load a model and put it on its device. prompt, controlnet: for a folder. vae: for a file trained on latents.
 
     Raises TruePoseError for a missing or damaged model, a device this machine lacks, or a prompt nobody reads.
     """
@@ -93,6 +104,8 @@ def open_model(
     for option, value in (("--prompt", prompt), ("--controlnet", controlnet)):
         if value is not None and not folder:
             raise TruePoseError(f"{option} is for Stable Diffusion folders, and --model {name} is none; leave it out")
+    if vae is not None and folder:
+        raise TruePoseError(f"--vae is for model files, and --model {name} is a folder with its own; leave it out")
     dtype = choose_dtype(dtype_name, device, large=folder)
     scheduler = context = pooled = None
     if folder:
@@ -101,7 +114,7 @@ def open_model(
         loaded = load_folder(name, controlnet=controlnet, prompt=prompt or "", dtype=dtype)
         model, scheduler, context, pooled = loaded.model, loaded.scheduler, loaded.context, loaded.pooled
     else:
-        model = load_model(name)
+        model = load_model(name, vae=vae)
     pipe = TruePosePipeline.from_model(model, scheduler).to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return Opened(name, pipe, device, dtype, time.perf_counter() - started, context, pooled)

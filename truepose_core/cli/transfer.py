@@ -202,7 +202,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.note("--gamma has no effect without --source-pose")
     targets = read_targets(args.pose, args.person, size, Path(args.out), args.overwrite, console)
 
-    opened = open_model(args.model, args.device, args.dtype, prompt=args.prompt, controlnet=args.controlnet)
+    opened = open_model(
+        args.model, args.device, args.dtype, prompt=args.prompt, controlnet=args.controlnet, vae=args.vae
+    )
     _tell_about_model(opened, console)
     steps = args.steps or STEPS[opened.pipe.model.config.codec]
     options = {
@@ -384,7 +386,7 @@ def _tell_about_model(opened: Opened, console: Console) -> None:
     if opened.is_mannequin:
         height, width = config.size
         console.note(MANNEQUINS_ONLY.format(w=width, h=height))
-    elif config.codec == "vae" and opened.pipe.model.controlnet is None:
+    elif Path(opened.name).is_dir() and opened.pipe.model.controlnet is None:
         console.note("without --controlnet this model sees the pose through the regions only, so it may not follow it")
 
 

@@ -118,7 +118,9 @@ def load_model(path: str | Path = BUNDLED, *, verify: bool = False, vae: str | P
         from truepose_core.models.folder import load_vae
 
         if vae is None:
-            raise TruePoseError(f"{path} was trained on the latents of a VAE; name the folder that has it (vae=...)")
+            raise TruePoseError(
+                f"{path} was trained on the latents of a VAE; name the folder that has it (--vae FOLDER)"
+            )
         codec = load_vae(vae)
     model = TruePoseModel(config, codec=codec)
     load_strict(model, tensors, str(path), ignore=("codec.",))
