@@ -68,7 +68,8 @@ def test_a_batch_equals_its_items(size):
     body = random_body(1, 5)
     together = draw_skeleton(body, *size)
     apart = torch.cat([draw_skeleton(one[None], *size) for one in body])
-    torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+    # Pixel coordinates of up to 100 in float32 are exact to 1e-5; a batch may be summed in another order.
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
 
 
 @given(seeds)
