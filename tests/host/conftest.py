@@ -12,9 +12,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from browser import Browser, find_browser  # noqa: E402
-from server import Host, Server, find_host  # noqa: E402
+from server import PACK, Host, Server  # noqa: E402
 
-HOST = find_host()
+from truepose_core.benchmark.host import find_host  # noqa: E402
+
+HOST = find_host(PACK)
 # Files that only the host's Python can import; test_inside.py runs them there.
 collect_ignore = ["inside", "fixture_pack"]
 

@@ -553,9 +553,11 @@ def main() -> None:
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--only", action="append", choices=list(BUILDERS), help="may be given several times")
     arguments = parser.parse_args()
-    from server import Server, find_host
+    from server import PACK, Server
 
-    host = find_host()
+    from truepose_core.benchmark.host import find_host
+
+    host = find_host(PACK)
     if host is None:
         raise SystemExit("no ComfyUI found: set COMFYUI_DIR")
     names = arguments.only or list(BUILDERS)

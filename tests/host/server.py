@@ -1,6 +1,6 @@
 """A real ComfyUI for tests: find it, start it hermetically, talk to it.
 
-    host = find_host()                  # None where there is no ComfyUI
+    host = find_host(PACK)      # of truepose_core.benchmark.host; None where there is no ComfyUI
     with Server(host, folder) as comfy:
         comfy.object_info()
         entry = comfy.run({"1": {"class_type": "...", "inputs": {...}}})
@@ -16,65 +16,18 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
+
+from truepose_core.benchmark.host import Host
 
 PACK = Path(__file__).resolve().parents[2]
 PACK_NAME = "ComfyUI-TruePose"
 FIXTURE_PACK = Path(__file__).resolve().parent / "fixture_pack"
-
-
-@dataclass(frozen=True)
-class Host:
-    """An installed ComfyUI: its folder and the Python that runs it."""
-
-    folder: Path
-    python: Path
-
-    @property
-    def version(self) -> str:
-        """As in comfyui_version.py, e.g. "0.19.3"."""
-        scope: dict[str, str] = {}
-        exec((self.folder / "comfyui_version.py").read_text(), scope)
-        return scope["__version__"]
-
-    def at_least(self, *version: int) -> bool:
-        """Whether the host is that version or newer: `host.at_least(0, 19, 3)`."""
-        return tuple(int(part) for part in self.version.split(".")[:3]) >= version
-
-
-def find_host() -> Host | None:
-    """ComfyUI by $COMFYUI_DIR, else the folder the pack is installed in, else ~/comfy/ComfyUI.
-
-    Its Python is $COMFYUI_PYTHON, else the host's own .venv, else the Python that runs this.
-    """
-    folders = []
-    if os.environ.get("COMFYUI_DIR"):
-        folders.append(Path(os.environ["COMFYUI_DIR"]).expanduser())
-    else:
-        if PACK.parent.name == "custom_nodes":
-            folders.append(PACK.parent.parent)
-        folders.append(Path("~/comfy/ComfyUI").expanduser())
-    for folder in folders:
-        if (folder / "main.py").is_file() and (folder / "comfy").is_dir():
-            return Host(folder.resolve(), _python(folder))
-    return None
-
-
-def _python(folder: Path) -> Path:
-    if os.environ.get("COMFYUI_PYTHON"):
-        return Path(os.environ["COMFYUI_PYTHON"]).expanduser()
-    for name in ("bin/python", "Scripts/python.exe"):
-        if (folder / ".venv" / name).exists():
-            # Not resolved: the link in the venv is what makes it that venv's Python.
-            return folder / ".venv" / name
-    return Path(sys.executable)
 
 
 class PromptFailed(AssertionError):

@@ -5,6 +5,8 @@
 * kv: projecting the source's K and V at every step against keeping them;
 * caa: a step with CAA's decoupled cross-attention over a plain step.
 
+`--host` measures whole guided steps inside a real ComfyUI instead (`host`).
+
 Counted numbers are multiply-adds times two, by torch's FlopCounterMode (`count`). Timed numbers are medians of
 interleaved repeats (`timing`): CPU time of one thread in float32, or CUDA events in float16. On a GPU the whole UNet
 runs; on a CPU the step is put together from its parts (`parts`), so that the benchmark ends within minutes.
@@ -17,6 +19,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from truepose_core.errors import TruePoseError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `truepose benchmark`."""
@@ -27,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
+        "--host",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure the nodes inside ComfyUI, with its own Python, instead; without FOLDER it is looked for",
+    )
+    parser.add_argument(
         "--repeats", type=int, metavar="N", help="how often each thing is timed (default: 3 on a CPU, 10 on a GPU)"
     )
 
@@ -34,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the tables, and write `args.json` if given. Returns what is in the file.
 
-    Raises TruePoseError, before any work, for a file that cannot be written, an unknown or missing device, or fewer
-    than one repeat.
+    Raises TruePoseError, before any work, for a file that cannot be written, an unknown or missing device, fewer
+    than one repeat, or a ComfyUI that is not there.
     """
+    from truepose_core.benchmark.host import choose_host, host_tables, measure_host
     from truepose_core.benchmark.measure import measure
     from truepose_core.benchmark.report import tables
     from truepose_core.benchmark.shapes import NETS
@@ -45,8 +57,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     overwrite = getattr(args, "overwrite", False)
     if args.json is not None:
         check_output(args.json, overwrite, (".json",))
-    result = measure(NETS, quick=args.quick, device=args.device, repeats=args.repeats)
-    print(tables(result))
+    if args.host is not None:
+        if args.repeats is not None and args.repeats < 1:
+            raise TruePoseError(f"--repeats is {args.repeats}; expected at least 1")
+        host = choose_host(args.host)
+        result = measure_host(host, quick=args.quick, device=args.device, repeats=args.repeats)
+        print(host_tables(result))
+    else:
+        result = measure(NETS, quick=args.quick, device=args.device, repeats=args.repeats)
+        print(tables(result))
     if args.json is not None:
         atomic_write(args.json, json.dumps(result, indent=2) + "\n", overwrite)
     return result

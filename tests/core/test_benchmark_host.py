@@ -1,0 +1,109 @@
+"""Finding a ComfyUI, and the tables of what was measured in it. (Measuring: tests/host/inside/benchmark_host.py.)"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from truepose_core.benchmark import host as module
+from truepose_core.benchmark.host import choose_host, find_host, find_pack, host_tables, measure_host
+from truepose_core.errors import TruePoseError
+
+RESULT = {
+    "machine": {
+        "comfyui": "1.2.3",
+        "torch": "2.0",
+        "device": "one",
+        "device_type": "cpu",
+        "dtype": "float32",
+        "attention": "attention_x",
+        "repeats": 1,
+    },
+    "model": "a UNet",
+    "size": "8x16",
+    "person": 0.4,
+    "source_mb": 12.0,
+    "source_dtype": "float32",
+    "steps": [
+        {"what": "plain", "counted": 1.0, "timed": 1.0, "seconds": 2.0, "extra_peak_mb": 0.0},
+        {"what": "person", "counted": 1.1, "timed": 1.2, "seconds": 2.4, "extra_peak_mb": None},
+    ],
+}
+
+
+def make_comfyui(folder, python=False):
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").write_text("")
+    (folder / "comfyui_version.py").write_text('__version__ = "0.19.3"\n')
+    if python:
+        (folder / ".venv" / "bin").mkdir(parents=True)
+        (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    return folder
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A home without ComfyUI."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    monkeypatch.delenv("COMFYUI_PYTHON", raising=False)
+
+
+def test_the_environment_is_asked_first_and_a_wrong_folder_there_is_no_host(tmp_path, monkeypatch, nowhere):
+    real = make_comfyui(tmp_path / "real")
+    pack = make_comfyui(tmp_path / "other") / "custom_nodes" / "pack"
+    monkeypatch.setenv("COMFYUI_DIR", str(real))
+    assert find_host(pack).folder == real.resolve()
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    assert find_host(pack) is None
+
+
+def test_a_pack_in_custom_nodes_finds_the_host_above_it_and_its_own_python(tmp_path, monkeypatch, nowhere):
+    folder = make_comfyui(tmp_path / "comfy_folder", python=True)
+    host = find_host(folder / "custom_nodes" / "pack")
+    assert host.folder == folder.resolve() and host.python == folder / ".venv" / "bin" / "python"
+    assert host.version == "0.19.3" and host.at_least(0, 19, 3) and not host.at_least(0, 20)
+    assert find_host(tmp_path / "elsewhere") is None
+
+
+def test_what_is_no_comfyui_is_refused_with_what_to_do(tmp_path, nowhere):
+    with pytest.raises(TruePoseError, match="is no ComfyUI"):
+        choose_host(str(tmp_path))
+    with pytest.raises(TruePoseError, match="--host FOLDER"):
+        choose_host("")
+
+
+def test_a_host_without_the_pack_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOT", tmp_path / "site-packages")
+    folder = make_comfyui(tmp_path / "comfy_folder")
+    host = choose_host(str(folder))
+    with pytest.raises(TruePoseError, match="install it in ComfyUI"):
+        find_pack(host)
+    copy = folder / "custom_nodes" / "truepose"
+    (copy / "nodes").mkdir(parents=True)
+    (copy / "nodes" / "host_benchmark.py").write_text("")
+    assert find_pack(host) == copy
+
+
+def test_the_child_is_told_what_to_do_and_its_last_line_is_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOT", tmp_path / "pack")
+    (tmp_path / "pack" / "nodes").mkdir(parents=True)
+    script = tmp_path / "pack" / "nodes" / "host_benchmark.py"
+    script.write_text("import json, sys\nprint('chatter')\nprint(json.dumps({'given': json.load(sys.stdin)}))\n")
+    host = choose_host(str(make_comfyui(tmp_path / "comfy_folder")))
+    result = measure_host(host, quick=True, device="cpu", repeats=2)
+    assert result == {"given": {"folder": str(host.folder), "quick": True, "device": "cpu", "repeats": 2}}
+    script.write_text("print('no room')\nraise SystemExit(3)\n")
+    with pytest.raises(TruePoseError, match=r"ended with 3.*no room"):
+        measure_host(host, quick=True, device="cpu", repeats=None)
+
+
+def test_the_table_shows_every_step_and_what_the_columns_mean():
+    text = host_tables(json.loads(json.dumps(RESULT)))
+    assert "ComfyUI 1.2.3" in text and "40% of them" in text
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| p")]
+    assert [row[1].strip() for row in rows] == ["plain", "person"]
+    assert [c.strip() for c in rows[1][2:6]] == ["1.100", "1.200", "2.400", "-"]

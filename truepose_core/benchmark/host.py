@@ -1,0 +1,150 @@
+"""`truepose benchmark --host`: what HPFA costs inside a real ComfyUI. Finds it, lets its own Python measure, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truepose_core.benchmark.report import markdown
+from truepose_core.errors import TruePoseError
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path("nodes") / "host_benchmark.py"
+
+DEFINITIONS = """\
+One guided step: a positive and a negative row, through the host's own guider and attention, on random weights.
+* counted: FLOPs of the step over those of the plain step, by torch's FlopCounterMode; timed: the same in {clock}.
+* person: only the source tokens of the person, {person:.0%} of them, are read. "negative row without" is Apply HPFA's
+  default: the negative prompt's row does not see the source. Region match adds 8 channels per head.
+* extra peak: memory held at most in a step above that of the plain step, {dtype}. Below 0: attention was cut into
+  smaller parts. The source's features themselves are {source_mb:,.0f} MB ({source_dtype}), half of that in float16.
+* source read at every step: one more pass of the UNet per step, as a patch that keeps nothing would need."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """An installed ComfyUI: its folder and the Python that runs it."""
+
+    folder: Path
+    python: Path
+
+    @property
+    def version(self) -> str:
+        """As in comfyui_version.py, e.g. "0.19.3"."""
+        scope: dict[str, str] = {}
+        exec((self.folder / "comfyui_version.py").read_text(encoding="utf-8"), scope)
+        return scope["__version__"]
+
+    def at_least(self, *version: int) -> bool:
+        """Whether the host is that version or newer: `host.at_least(0, 19, 3)`."""
+        return tuple(int(part) for part in self.version.split(".")[:3]) >= version
+
+
+def find_host(pack: Path = ROOT) -> Host | None:
+    """ComfyUI by $COMFYUI_DIR, else the folder the pack is installed in, else ~/comfy/ComfyUI; None for none.
+
+    Its Python is $COMFYUI_PYTHON, else the host's own .venv, else the Python that runs this.
+    """
+    folders = []
+    if os.environ.get("COMFYUI_DIR"):
+        folders.append(Path(os.environ["COMFYUI_DIR"]).expanduser())
+    else:
+        if pack.parent.name == "custom_nodes":
+            folders.append(pack.parent.parent)
+        folders.append(Path("~/comfy/ComfyUI").expanduser())
+    for folder in folders:
+        if is_host(folder):
+            return Host(folder.resolve(), _python(folder))
+    return None
+
+
+def is_host(folder: Path) -> bool:
+    """Whether a folder looks like ComfyUI."""
+    return (folder / "main.py").is_file() and (folder / "comfy").is_dir()
+
+
+def _python(folder: Path) -> Path:
+    if os.environ.get("COMFYUI_PYTHON"):
+        return Path(os.environ["COMFYUI_PYTHON"]).expanduser()
+    for name in ("bin/python", "Scripts/python.exe"):
+        if (folder / ".venv" / name).exists():
+            # Not resolved: the link in the venv is what makes it that venv's Python.
+            return folder / ".venv" / name
+    return Path(sys.executable)
+
+
+def choose_host(named: str) -> Host:
+    """named: a folder, or "" to look for one. Raises TruePoseError where there is no ComfyUI."""
+    if named:
+        folder = Path(named).expanduser()
+        if not is_host(folder):
+            raise TruePoseError(f"{folder} is no ComfyUI (it has no main.py and comfy/); name its folder after --host")
+        return Host(folder.resolve(), _python(folder))
+    found = find_host()
+    if found is None:
+        raise TruePoseError(
+            "no ComfyUI was found; name its folder: truepose benchmark --host FOLDER, or set COMFYUI_DIR"
+        )
+    return found
+
+
+def find_pack(host: Host) -> Path:
+    """The pack's folder: this checkout, or the copy in the host's custom_nodes. Raises TruePoseError for none."""
+    folders = [ROOT, *sorted((host.folder / "custom_nodes").glob("*"))]
+    for folder in folders:
+        if (folder / SCRIPT).is_file():
+            return folder
+    raise TruePoseError(
+        f"the node pack is neither here nor in {host.folder / 'custom_nodes'}; install it in ComfyUI first"
+    )
+
+
+def measure_host(host: Host, *, quick: bool, device: str, repeats: int | None) -> dict[str, Any]:
+    """Run the measurement with the host's Python. Raises TruePoseError with the host's last words if it fails."""
+    given = {"folder": str(host.folder), "quick": quick, "device": device, "repeats": repeats}
+    done = subprocess.run(
+        [str(host.python), str(find_pack(host) / SCRIPT)],
+        input=json.dumps(given),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = "\n".join(lines[-5:])
+        raise TruePoseError(f"the measurement in {host.folder} ended with {done.returncode}; see above. {last}")
+    return json.loads(lines[-1])
+
+
+def host_tables(result: dict[str, Any]) -> str:
+    """Markdown of a result of `measure_host`."""
+    machine = result["machine"]
+    head = (
+        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}, {machine['device']}, {machine['dtype']}, "
+        f"{machine['attention']}, repeats: {machine['repeats']}"
+    )
+
+    def size(x: float | None) -> str:
+        return "-" if x is None else f"{x:,.0f} MB"
+
+    table = markdown(
+        ("step", "counted", "timed", "seconds", "extra peak"),
+        [
+            [r["what"], f"{r['counted']:.3f}", f"{r['timed']:.3f}", f"{r['seconds']:.3f}", size(r["extra_peak_mb"])]
+            for r in result["steps"]
+        ],
+    )
+    clock = "CUDA events" if machine["device_type"] == "cuda" else "CPU time of one thread"
+    notes = DEFINITIONS.format(
+        clock=clock,
+        person=result["person"],
+        dtype=machine["dtype"],
+        source_mb=result["source_mb"],
+        source_dtype=result["source_dtype"],
+    )
+    return "\n\n".join([head, f"### {result['model']} at {result['size']}: a step over the plain step", table, notes])
