@@ -127,20 +127,25 @@ PASCAL_LABELS: dict[str, Region] = {
 # SegFormer-clothes (mattmdjaga/segformer_b2_clothes), trained on ATR with its label order.
 SEGFORMER_CLOTHES_LABELS: dict[str, Region] = dict(ATR_LABELS)
 
+# The label sets by the name a user types.
+LABEL_SETS: dict[str, dict[str, Region]] = {
+    "atr": ATR_LABELS,
+    "lip": LIP_LABELS,
+    "cihp": CIHP_LABELS,
+    "pascal": PASCAL_LABELS,
+    "segformer_clothes": SEGFORMER_CLOTHES_LABELS,
+}
+
 ATR: tuple[Region, ...] = tuple(ATR_LABELS.values())
 LIP: tuple[Region, ...] = tuple(LIP_LABELS.values())
 CIHP: tuple[Region, ...] = tuple(CIHP_LABELS.values())
 PASCAL: tuple[Region, ...] = tuple(PASCAL_LABELS.values())
 SEGFORMER_CLOTHES: tuple[Region, ...] = tuple(SEGFORMER_CLOTHES_LABELS.values())
 
-# The label sets by the name a user types; "regions" is our own.
+# Label -> region by the name a user types; "regions" is our own.
 LABEL_TABLES: dict[str, tuple[Region, ...]] = {
     "regions": tuple(Region),
-    "atr": ATR,
-    "lip": LIP,
-    "cihp": CIHP,
-    "pascal": PASCAL,
-    "segformer_clothes": SEGFORMER_CLOTHES,
+    **{name: tuple(labels.values()) for name, labels in LABEL_SETS.items()},
 }
 
 

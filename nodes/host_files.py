@@ -1,0 +1,56 @@
+"""The host's models folder, its progress bar and its Stop button, for nodes that read and fetch files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+
+from truepose_core.models.known import Progress
+
+FOLDER = "truepose"
+SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".ckpt", ".bin")
+
+
+def register_folder() -> None:
+    """Make models/truepose a folder of the host (and of its extra_model_paths.yaml)."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, *SUFFIXES})
+
+
+def files(suffix: str) -> list[str]:
+    """The files in models/truepose that end so, with their subfolders, as the host's lists name them."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(suffix)]
+
+
+def folders() -> list[Path]:
+    """models/truepose and what extra_model_paths.yaml adds, in the host's order."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def steps(count: int) -> Iterator[int]:
+    """0 .. count - 1 with the host's progress bar; the Stop button ends it."""
+    bar = comfy.utils.ProgressBar(count)
+    for index in range(count):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield index
+        bar.update(1)
+
+
+def download_progress() -> Progress:
+    """Shows a download in the host's progress bar; the Stop button ends it and keeps what came."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int | None) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total or done)
+
+    return show
+
+
+register_folder()
