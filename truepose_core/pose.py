@@ -102,6 +102,12 @@ FAR_OUT = 4.0
 # not fit into 2x2 of them, and a normalised foot may well be a little below the canvas.
 NORMALISED_UP_TO = 2.0
 
+# A hand whose root is this near a wrist, in sizes of the hand, hangs on it.
+ON_THE_WRIST = 0.5
+
+# ComfyUI's SDPose alone writes this key. It keeps every keypoint; its own drawing leaves out lower confidences.
+_SDPOSE_KEY, _SDPOSE_LEAST = "foot_keypoints_2d", 0.3
+
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_INFERRED = 16384
 
@@ -238,7 +244,9 @@ def read_pose(
     with a confidence of 0 or less. Confidences above 1 become 1. Nobody at all is allowed here.
 
     Coordinates of a frame are taken as normalised when none is larger than `NORMALISED_UP_TO` in
-    size, and as pixels of the frame's canvas otherwise.
+    size, and as pixels of the frame's canvas otherwise. Hands that hang on the other side's wrist
+    change sides: ComfyUI's SDPose names them the other way round. It also keeps keypoints that it
+    did not see: those of its people with a confidence below 0.3 count as missing.
 
     canvas: (width, height) in pixels for frames that do not say their own. Without it the canvas
     is inferred, and a log warning says so: for pixels the smallest multiple of 8 that holds the
@@ -327,7 +335,38 @@ def _read_frame(frame: Any, canvas: tuple[int, int] | None, where: str) -> Pose:
             if not normalised:
                 array[:, :2] /= (width, height)
             _check_far_out(array, field, (width, height), label)
+        _change_hands(person, np.array([width / height, 1.0]))
     return Pose(width, height, tuple(_make_person(person) for person in people))
+
+
+def _change_hands(person: dict[str, np.ndarray], stretch: np.ndarray) -> None:
+    """Give the hands of a person to the wrists that they hang on, in place; only where that is beyond doubt: the other
+    wrist is near and the hand small, as hands are.
+
+    stretch: what makes x as long as y, (width / height, 1).
+    """
+    if "body" not in person or not person["body"][:, 2].any():
+        return
+
+    def extent(points: np.ndarray) -> float:
+        return math.hypot(*(np.ptp(points[:, :2], axis=0) * stretch))
+
+    own, other, reach = 0.0, 0.0, math.inf
+    for hand, side, opposite in (("hand_left", "l_wrist", "r_wrist"), ("hand_right", "r_wrist", "l_wrist")):
+        points = person.get(hand, np.zeros((N_HAND, 3)))
+        points = points[points[:, 2] > 0] if points[0, 2] else points[:0]
+        if not len(points):
+            continue
+        lengths = []
+        for wrist in (person["body"][BODY_KEYPOINTS.index(name)] for name in (side, opposite)):
+            way = (points[0, :2] - wrist[:2]) * stretch
+            lengths.append(math.hypot(*way) if wrist[2] else math.inf)
+        own, other = own + lengths[0], other + lengths[1]
+        reach = min(reach, ON_THE_WRIST * extent(points))
+    body = person["body"]
+    if other < own / 2 and other < reach < ON_THE_WRIST / 2 * extent(body[body[:, 2] > 0]):
+        hands = [person.pop(hand, None) for hand in ("hand_right", "hand_left")]
+        person.update({k: a for k, a in zip(("hand_left", "hand_right"), hands, strict=True) if a is not None})
 
 
 def _make_person(arrays: dict[str, np.ndarray]) -> Person:
@@ -383,6 +422,8 @@ def _read_person(person: Any, where: str) -> dict[str, np.ndarray]:
         array = np.zeros((N_BODY if field == "body" else counts[-1], 3))
         for i, row in enumerate(rows):
             array[i] = _read_keypoint(row, _keypoint_name(field, i), where)
+        if _SDPOSE_KEY in person:
+            array[array[:, 2] < _SDPOSE_LEAST] = 0
         arrays[field] = array
     return arrays
 

@@ -507,3 +507,49 @@ def test_an_oversized_file_is_refused_unread(tmp_path):
 def test_reading_poses_needs_no_torch():
     code = "import sys, truepose_core.pose; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Hands
+
+
+def with_hands(left_at, right_at, wrists=((150.0, 400.0), (350.0, 420.0)), **more):
+    """Somebody with a left and a right wrist, and a hand of 40 pixels at each of two places (or None)."""
+    body = pixels()
+    body[[7, 4], :2] = wrists
+    hands = {}
+    for name, place, seed in (("left", left_at, 1), ("right", right_at, 2)):
+        if place is not None:
+            hand = np.concatenate([np.random.default_rng(seed).uniform(0, 40, (HAND, 2)), np.ones((HAND, 1))], 1)
+            hand[:, :2] += np.asarray(place) - hand[0, :2] + (2, -3)
+            hands[f"hand_{name}_keypoints_2d"] = flat(hand)
+    return frame(flat(body), **hands, **more)
+
+
+def roots(given_frame):
+    (one,) = read_pose(given_frame)[0].people
+    hands = one.hand_left, one.hand_right
+    return [None if hand is None else (hand[0, :2] * (512, 768)).round().tolist() for hand in hands]
+
+
+def test_hands_on_their_own_wrists_stay():
+    assert roots(with_hands((150, 400), (350, 420))) == [[152, 397], [352, 417]]
+    assert roots(with_hands((150, 400), None)) == [[152, 397], None]
+
+
+def test_hands_on_the_other_wrists_change_sides():
+    assert roots(with_hands((350, 420), (150, 400))) == [[152, 397], [352, 417]]
+    assert roots(with_hands((350, 420), None)) == [None, [352, 417]]
+    assert roots(with_hands(None, (150, 400))) == [[152, 397], None]
+
+
+def test_hands_near_no_wrist_stay():
+    assert roots(with_hands((300, 100), (100, 100))) == [[302, 97], [102, 97]]
+    assert roots(with_hands((340, 300), None)) == [[342, 297], None]
+
+
+def test_unsure_keypoints_of_sdpose_are_missing():
+    body = pixels()
+    body[5, 2], body[6, 2] = 0.29, 0.31
+    assert (only_body(flat(body))[[5, 6], 2] > 0).all()
+    (one,) = read_pose(frame(flat(body), foot_keypoints_2d=[0.0] * 18))[0].people
+    assert (one.body[[5, 6], 2] > 0).tolist() == [False, True]
