@@ -24,6 +24,9 @@ face, and whether the pattern of the clothes was carried over. Needs: pip instal
 Rows without a network: copy (the source as it is), regions (the source's mean colours painted on the true target
 parsing), warp (the source moved along the skeleton). Learned rows of equal data, budget and seed: pose, concat, HPFA,
 HPFA+CAA. And bundled, the model that ships.
+
+With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels), and
+pasting back.
 """
 EPILOG = """\
 examples:
@@ -31,6 +34,7 @@ examples:
   truepose eval --data mannequin --json table.json --sheet table.png
   truepose eval --rows copy warp HPFA+CAA --steps 20
   truepose eval --rows copy mine --model mine=run/weights.safetensors
+  truepose eval --data mannequin --parts --pairs 64
 """
 
 
@@ -40,7 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="mannequin", choices=("mannequin",), help="the test data (default: mannequin)"
     )
     parser.add_argument(
-        "--pairs", type=whole(1, 1_000_000), default=512, metavar="N", help="the first N pairs (default: 512, all)"
+        "--pairs",
+        type=whole(1, 1_000_000),
+        default=None,
+        metavar="N",
+        help="the first N pairs (default: 512, all; with --parts 64)",
+    )
+    parser.add_argument(
+        "--parts", action="store_true", help="measure parsing from keypoints, retargeting and pasting back instead"
     )
     parser.add_argument(
         "--rows",
@@ -78,10 +89,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_file(args.json, args.overwrite, (".json",))
     if args.sheet is not None:
         check_file(args.sheet, args.overwrite, IMAGE_SUFFIXES)
-    from truepose_core.evaluation.evaluate import evaluate
+    if args.parts:
+        return _run_parts(args, console, started)
+    from truepose_core.evaluation.evaluate import PAIRS, evaluate
 
     device = choose_device(args.device)
-    report = evaluate(args.data, args.pairs, args.seed, args.rows, args.steps, models=models or None, device=device)
+    report = evaluate(
+        args.data, args.pairs or PAIRS, args.seed, args.rows, args.steps, models=models or None, device=device
+    )
     if args.json is not None:
         atomic_write(args.json, report.to_json() + "\n", args.overwrite)
     if args.sheet is not None:
@@ -91,6 +106,29 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for path in (args.json, args.sheet):
         if path is not None:
             console.say(f"wrote {path}")
+    return report.to_dict()
+
+
+def _run_parts(args: argparse.Namespace, console: Console, started: float) -> dict[str, Any]:
+    """`--parts`: no model and no picture takes part in it."""
+    for option, given in (
+        ("--rows", args.rows),
+        ("--model", args.model),
+        ("--sheet", args.sheet),
+        ("--details", args.details),
+    ):
+        if given:
+            raise TruePoseError(f"{option} belongs to the table of models; leave it out with --parts")
+    from truepose_core.evaluation.parts import evaluate_parts
+    from truepose_core.images import atomic_write
+
+    report = evaluate_parts(args.pairs or 64)
+    if args.json is not None:
+        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
+    console.say(report.markdown())
+    console.say(f"{time.perf_counter() - started:.1f} s in all")
+    if args.json is not None:
+        console.say(f"wrote {args.json}")
     return report.to_dict()
 
 
