@@ -31,14 +31,27 @@ _find_core()
 
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
-from . import attention, mannequin, model, parsing, pose, sampler, source  # noqa: E402
+from . import attention, caa, cfld, framing, human_parsing, mannequin, model, parsing, pose, pose_tools, sampler, source  # noqa: E402
 
 
 class TruePoseExtension(ComfyExtension):
     """Every node of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (model, source, sampler, parsing, pose, mannequin, attention)
+        modules = (
+            model,
+            source,
+            caa,
+            cfld,
+            sampler,
+            human_parsing,
+            parsing,
+            pose,
+            pose_tools,
+            mannequin,
+            attention,
+            framing,
+        )
         nodes = [node for module in modules for node in module.NODES]
         for node in nodes:
             try:

@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import comfy.ldm.modules.attention as host_attention
@@ -43,14 +43,25 @@ from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.parsing import HumanParsing
 
+from .host_caa import (
+    CROSS_INPUT,
+    SELF_INPUT,
+    AppliedCAA,
+    CrossTokens,
+    beside_attention,
+    keep_cross_input,
+    keep_self_input,
+    merge_heads,
+    row_index,
+    split_heads,
+)
+
 KEY = "truepose_hpfa"
 AREAS = "truepose_areas"
 POSE_KEY = "truepose_pose"
 GUIDANCE = "truepose_guidance"
 NOTHING, POSE_ONLY = "nothing", "pose"
 """What a call of the guider may see; without a word it sees all."""
-SELF_INPUT, CROSS_INPUT = "truepose_self_input", "truepose_cross_input"
-"""Where a block's patches leave its attentions' inputs for each other, in the options of that block alone."""
 BLOCKS = ("all", "encoder", "middle", "decoder", "middle and decoder")
 _PARTS = {
     "all": ("input", "middle", "output"),
@@ -75,13 +86,20 @@ def say_once(message: str) -> None:
     log.warning(message)
 
 
+@dataclass(frozen=True, eq=False)
 class HostFeatures(SourceFeatures):
-    """SourceFeatures keyed by the host's blocks ("input.1.0"), as it flows through a TRUEPOSE_SOURCE socket."""
+    """SourceFeatures keyed by the host's blocks ("input.1.0"), as it flows through a TRUEPOSE_SOURCE socket.
+
+    nothing: what rows without the source read in its place, for models that read a latent of zeros there; else None.
+    """
+
+    nothing: HostFeatures | None = None
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache that evicts by memory."""
         more = [self.parsing.masks, self.image, None if self.caa is None else self.caa.tokens]
-        return self.nbytes + sum(x.numel() * x.element_size() for x in more if x is not None)
+        own = self.nbytes + sum(x.numel() * x.element_size() for x in more if x is not None)
+        return own if self.nothing is None else own + self.nothing.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,33 +109,6 @@ class SiteWeights:
     beta: float | Tensor
     gamma: float | Tensor
     region_log_weight: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class CrossTokens:
-    """CAA's region tokens at one site: k, v [S, H, T, D], regions [T, 7] one-hot, shown [S, T], kappa [H], scale []."""
-
-    k: Tensor
-    v: Tensor
-    regions: Tensor
-    shown: Tensor
-    kappa: Tensor
-    scale: Tensor
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> CrossTokens:
-        """The same on a device; which tokens are shown stays a mask."""
-        k, v, regions, kappa, scale = (
-            x.to(device=device, dtype=dtype) for x in (self.k, self.v, self.regions, self.kappa, self.scale)
-        )
-        return CrossTokens(k, v, regions, self.shown.to(device), kappa, scale)
-
-    def rows(self, index: Tensor) -> CrossTokens:
-        """Sources chosen or repeated by index [B]."""
-        return CrossTokens(self.k[index], self.v[index], self.regions, self.shown[index], self.kappa, self.scale)
-
-    @property
-    def batch(self) -> int:
-        return self.k.shape[0]
 
 
 # ---------------------------------------------------------------------------------------------- what a model is
@@ -184,7 +175,11 @@ def cell_size(vae: object) -> int:
 
 
 class _ReadOnce(comfy.samplers.Sampler):
-    """A sampler of no steps: one pass over the clean latent at sigma 0, which every UNet takes as timestep 0."""
+    """A sampler of no steps: one pass over the clean latent at sigma 0, which every UNet takes as timestep 0, or at
+    another timestep."""
+
+    def __init__(self, timestep: int = 0) -> None:
+        self.timestep = timestep
 
     def sample(
         self,
@@ -198,10 +193,15 @@ class _ReadOnce(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = latent_image.new_zeros(latent_image.shape[0])
+        x, sigma = latent_image, latent_image.new_zeros(latent_image.shape[0])
+        if self.timestep:
+            sampling = model_wrap.inner_model.model_sampling
+            sigma = sigma + sampling.sigma(torch.tensor(float(self.timestep))).to(sigma)
+            # The host scales its input down by the noise that it takes to be in it; here is none.
+            x = x * (sigma[0] ** 2 + sampling.sigma_data**2) ** 0.5
         positive = model_wrap.conds["positive"]
         options = extra_args["model_options"]
-        comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], latent_image, sigma, options)
+        comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, options)
         return latent_image
 
 
@@ -234,13 +234,16 @@ def read_source(
     caa: RegionTokens | None = None,
     cross: Mapping[str, CrossTokens] | None = None,
     image: Tensor | None = None,
+    timestep: int = 0,
+    nothing: HostFeatures | None = None,
 ) -> HostFeatures:
     """Read the source person once: the normed hidden state in front of every self-attention.
 
     model: a MODEL (LoRA and other patches of it stay in force, HPFA and pose are taken off). latent: [B, C, h, w] as
     the VAE gives it. parsing: of the same pictures. conditioning: CONDITIONING or None for zeros. body: [B, 18, 3].
     caa: the region tokens, which travel on; cross: the same for each site of this model, which reads them.
-    image: kept for models that carry the source along the skeleton.
+    image: kept for models that carry the source along the skeleton. timestep: at which SourceNet reads. nothing: the
+    same of a latent of zeros, for models whose unconditional rows read that.
     """
     unet = unet_of(model, "the model")
     channels = model.model.latent_format.latent_channels
@@ -282,34 +285,13 @@ def read_source(
         options["patches"] = patches
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
-    reader = without_pose(without_hpfa(model))
+    reader = without_pose(without_caa(without_hpfa(model)))
     reader.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "truepose_source", wrapper)
     guider = comfy.samplers.CFGGuider(reader)
     guider.inner_set_conds({"positive": _source_conditioning(model, latent, conditioning)})
-    guider.sample(torch.zeros_like(latent), latent, _ReadOnce(), torch.zeros(1), disable_pbar=True)
-    return HostFeatures(family_of(model), sites, (latent.shape[2], latent.shape[3]), parsing, body, caa, image)
-
-
-def keep_self_input(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """An attn1 patch: leave the self-attention's input for CAA's alignment, which asks with attn2's queries."""
-    extra[SELF_INPUT] = n
-    return n, context, value
-
-
-def keep_cross_input(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """An attn2 patch: leave the cross-attention's input for the second cross-attention, beside it."""
-    extra[CROSS_INPUT] = n
-    return n, context, value
-
-
-def beside_attention(attn2: torch.nn.Module, x: Tensor, cross: CrossTokens, prior: Tensor | None) -> Tensor:
-    """lambda CrossAttn(x, E) as it leaves the block's to_out: the output projection is linear, so what another node
-    puts in attn2's place stays and this is added to it. x: [B, N, C]; cross: B rows; prior: [B, N, 7] or None."""
-    q = _heads(attn2.to_q(x), attn2.heads)
-    out, _ = caa_attention(q, cross.k, cross.v, cross.regions, cross.shown, prior=prior, kappa=cross.kappa)
-    out = cross.scale * _merge(out)
-    # Without the bias, which the block's own output has already.
-    return attn2.to_out(out) - attn2.to_out(torch.zeros_like(out[:1, :1]))
+    guider.sample(torch.zeros_like(latent), latent, _ReadOnce(timestep), torch.zeros(1), disable_pbar=True)
+    size = (latent.shape[2], latent.shape[3])
+    return HostFeatures(family_of(model), sites, size, parsing, body, caa, image, nothing=nothing)
 
 
 class _SourceCross:
@@ -332,7 +314,8 @@ class AppliedSource:
 
     omega: weight per region, 7 numbers in [0, 1]. beta, gamma: region match and body match, >= 0. strength: (0, 1].
     sigmas: (highest, lowest) noise at which it works, or None for always. blocks: one of `BLOCKS`.
-    keep_unconditional: whether negative rows see the source too. target: P, or None. target_body: [T, 18, 3].
+    keep_unconditional: whether negative rows see the source too; only_unconditional: whether nobody else does. target:
+    P, or None. target_body: [T, 18, 3].
 
     From a TruePose model's adapter: weights per site take the place of beta and gamma; cross are CAA's region tokens
     per site, which also give P unless the target parsing is `given`; aligned is what the carried source adds after
@@ -347,6 +330,7 @@ class AppliedSource:
     sigmas: tuple[float, float] | None = None
     blocks: str = "all"
     keep_unconditional: bool = False
+    only_unconditional: bool = False
     target: HumanParsing | None = None
     target_body: Tensor | None = None
     weights: Mapping[str, SiteWeights] | None = None
@@ -378,6 +362,12 @@ class AppliedSource:
     def __deepcopy__(self, memo: dict) -> AppliedSource:
         # Older hosts copy a model's options deeply at every clone; this object never changes, so it is its own copy.
         return self
+
+    def seen_by(self, kind: int) -> bool:
+        """Whether rows of this kind (`cond_or_uncond`) see the source."""
+        if kind == UNCONDITIONAL:
+            return self.keep_unconditional or self.only_unconditional
+        return not self.only_unconditional
 
     @property
     def has_effect(self) -> bool:
@@ -414,10 +404,8 @@ class AppliedSource:
         return SiteWeights(self.beta, self.gamma) if self.weights is None else self.weights[site]
 
     def in_window(self, sigma: Tensor | None) -> bool:
-        """Whether it works at this noise level. Without a window the sigma is not read: that would wait for the GPU."""
-        if self.sigmas is None or sigma is None:
-            return True
-        return self.sigmas[0] >= float(sigma.flatten()[0]) >= self.sigmas[1]
+        """Whether it works at this noise level."""
+        return in_window(self.sigmas, sigma)
 
     def nbytes(self, itemsize: int) -> int:
         """Device memory of a run: all kept tokens, and the keys and values of the widest site."""
@@ -499,15 +487,22 @@ class _Kept:
     cross: CrossTokens | None
 
 
+def in_window(window: tuple[float, float] | None, sigma: Tensor | None) -> bool:
+    """Whether a noise level is in (highest, lowest). Without a window it is not read: that would wait for the GPU."""
+    if window is None or sigma is None:
+        return True
+    return window[0] >= float(sigma.flatten()[0]) >= window[1]
+
+
 def _is_on(strength: float | Tensor) -> bool:
     return bool((strength > 0).any()) if isinstance(strength, Tensor) else strength > 0
 
 
 class HPFAPatch:
-    """The sources of a model, in the order they were applied. Made anew by every Apply, never changed."""
+    """The sources of a model and its CAAs, in the order they were applied. Made anew by every Apply, never changed."""
 
-    def __init__(self, applied: tuple[AppliedSource, ...]) -> None:
-        self.applied = applied
+    def __init__(self, applied: tuple[AppliedSource, ...], caas: tuple[AppliedCAA, ...] = ()) -> None:
+        self.applied, self.caas = applied, caas
 
     def __deepcopy__(self, memo: dict) -> HPFAPatch:
         return self
@@ -526,10 +521,13 @@ class HPFAPatch:
         """The `DIFFUSION_MODEL` wrapper."""
         options = {} if transformer_options is None else transformer_options
         hidden = options.get(GUIDANCE) in (NOTHING, POSE_ONLY)
-        active = [] if hidden else [a for a in self.applied if a.in_window(options.get("sigmas"))]
-        if not active:
+        sigma = options.get("sigmas")
+        active = [] if hidden else [a for a in self.applied if a.in_window(sigma)]
+        caas = [c for c in self.caas if (c.empty or not hidden) and in_window(c.sigmas, sigma)]
+        if not active and not caas:
             return executor(x, timesteps, context, y, control, options, **kwargs)
-        call = _Call(active, x, options)
+        trained = next((c for c in self.caas if c.trained), None)
+        call = _Call(active, x, options, caas, trained, hidden)
         options = call.install(executor.class_obj)
         return call.carried(executor(x, timesteps, context, y, control, options, **kwargs), 1)
 
@@ -539,7 +537,7 @@ class HPFAPatch:
         """The `CALC_COND_BATCH` wrapper: a prompt for an area sees a crop of the latent. Remember which crop."""
         entries = [entry for cond in conds if cond is not None for entry in cond]
         areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
-        if areas and any(a.matches for a in self.applied):
+        if areas and (self.caas or any(a.matches for a in self.applied)):
             inner = dict(options.get("transformer_options", {}))
             inner[AREAS] = (tuple(x.shape[2:]), areas)
             options = {**options, "transformer_options": inner}
@@ -551,7 +549,7 @@ class HPFAPatch:
         """The `PREPARE_SAMPLING` wrapper: ask for the memory the sources need, as a larger latent would."""
         inference = model.model.manual_cast_dtype or model.model.get_dtype()
         itemsize = comfy.model_management.dtype_size(inference)
-        more = sum(a.nbytes(itemsize) for a in self.applied)
+        more = sum(a.nbytes(itemsize) for a in (*self.applied, *self.caas))
         shape = list(noise_shape)
         need = model.model.memory_required([2 * shape[0], *shape[1:]])
         shape[-1] = math.ceil(shape[-1] * (1 + more / max(need, 1)))
@@ -559,7 +557,7 @@ class HPFAPatch:
 
     def on_cleanup(self, model: object) -> None:
         """The `ON_CLEANUP` callback, at the end of every run, failed ones included."""
-        for applied in self.applied:
+        for applied in (*self.applied, *self.caas):
             applied.release()
 
 
@@ -574,21 +572,47 @@ def applied_sources(model: object) -> tuple[AppliedSource, ...]:
     return () if patch is None else patch.applied
 
 
+def applied_caas(model: object) -> tuple[AppliedCAA, ...]:
+    """What Apply CAA put on this MODEL."""
+    patch = model.attachments.get(KEY)
+    return () if patch is None else patch.caas
+
+
 def with_hpfa(model: object, applied: AppliedSource) -> object:
     """A clone of MODEL that also reads this source. Without effect (strength 0, all weights 0) it is the same model."""
     unet = unet_of(model, "the model")
     _check_fits(model, unet, applied.source)
     if not applied.has_effect:
         return model
-    return _patched(model, HPFAPatch((*applied_sources(model), applied)))
+    added = [applied]
+    nothing = getattr(applied.source, "nothing", None)
+    if nothing is not None:
+        added = [
+            replace(applied, keep_unconditional=False),
+            replace(applied, source=nothing, keep_unconditional=False, only_unconditional=True),
+        ]
+    return _patched(model, (*applied_sources(model), *added), applied_caas(model))
 
 
 def without_hpfa(model: object) -> object:
-    """A clone of MODEL that reads no source."""
-    return _patched(model, None)
+    """A clone of MODEL that reads no source. What Apply CAA put on it stays."""
+    return _patched(model, (), applied_caas(model))
 
 
-def _patched(model: object, patch: HPFAPatch | None) -> object:
+def with_caa(model: object, applied: AppliedCAA) -> object:
+    """A clone of MODEL that also reads these region tokens. Tokens that the model learned with take the place of those
+    of another Apply CAA; others add up."""
+    others = [c for c in applied_caas(model) if not (c.trained and applied.trained)]
+    return _patched(model, applied_sources(model), (*others, applied))
+
+
+def without_caa(model: object) -> object:
+    """A clone of MODEL without Apply CAA."""
+    return _patched(model, applied_sources(model), ())
+
+
+def _patched(model: object, sources: tuple[AppliedSource, ...], caas: tuple[AppliedCAA, ...]) -> object:
+    patch = HPFAPatch(sources, caas) if sources or caas else None
     clone = model.clone()
     wrappers = (
         {}
@@ -653,7 +677,7 @@ class PosePatch:
                 f"there are {count} target poses and {h.shape[0] // chunks} latents in the batch; "
                 "expected 1 pose or a number that divides the latents"
             )
-        index = _row_index(count, h.shape[0], chunks, self.embedding.device)
+        index = row_index(count, h.shape[0], chunks, self.embedding.device)
         return h + self.embedding[index].to(h)
 
 
@@ -685,6 +709,15 @@ def _check_fits(model: object, unet: UNetModel, source: SourceFeatures) -> None:
         )
 
 
+def same_shape(picture: tuple[int, int], cells: tuple[int, int]) -> bool:
+    """Whether a picture of (height, width) pixels can be that of a latent of (rows, columns) cells: their proportions
+    agree up to less than one cell, and half a pixel, on each side."""
+    (height, width), (rows, columns) = picture, cells
+    tallest = (rows + 1) / (columns - 1) if columns > 1 else float("inf")
+    flattest = (rows - 1) / (columns + 1)
+    return (height - 0.5) / (width + 0.5) < tallest and (height + 0.5) / (width - 0.5) > flattest
+
+
 def sigma_window(model: object, start: float, end: float) -> tuple[float, float] | None:
     """(highest, lowest) sigma of a range of the sampling, given as fractions 0..1; None for all of it."""
     if start <= 0 and end >= 1:
@@ -699,8 +732,19 @@ def sigma_window(model: object, start: float, end: float) -> tuple[float, float]
 class _Call:
     """What one call of the UNet needs to know: who is in the batch, and which part of the picture they see."""
 
-    def __init__(self, active: list[AppliedSource], x: Tensor, options: dict) -> None:
+    def __init__(
+        self,
+        active: list[AppliedSource],
+        x: Tensor,
+        options: dict,
+        caas: Sequence[AppliedCAA] = (),
+        trained: AppliedCAA | None = None,
+        hidden: bool = False,
+    ) -> None:
+        """active, caas: what works at this noise level. trained: the Apply CAA in place of what the sources bring.
+        hidden: whether no row may see the source."""
         self.active, self.options = active, options
+        self.caas, self.trained, self.hidden = caas, trained, hidden
         self.batch = x.shape[0]
         self.chunks: list[int] = list(options.get("cond_or_uncond") or [0])
         if self.batch % len(self.chunks):
@@ -716,15 +760,26 @@ class _Call:
         self._targets: dict = {}
         for applied in active:
             self._check_batch(applied)
+            if applied.matches:
+                self._check_target(applied)
+        for caa in (*caas, *([] if trained is None else [trained])):
+            counts = {"CAA source images": caa.batch}
+            if caa.target is not None:
+                counts["target parsings"] = caa.target.batch
+            self._check_counts(counts)
+            self._check_target(caa)
 
     def _check_batch(self, applied: AppliedSource) -> None:
         counts = {"source images": applied.source.batch}
         if applied.aligned is not None:
             counts["carried sources"] = applied.aligned[0].shape[0]
-        if applied.target is not None and (applied.has_beta or applied.cross):
+        if applied.target is not None and (applied.has_beta or applied.cross or self.caas):
             counts["target parsings"] = applied.target.batch
         if applied.target_body is not None and applied.has_gamma:
             counts["target poses"] = applied.target_body.shape[0]
+        self._check_counts(counts)
+
+    def _check_counts(self, counts: Mapping[str, int]) -> None:
         for what, count in counts.items():
             if self.rows % count:
                 raise TruePoseError(
@@ -732,14 +787,26 @@ class _Call:
                     f"expected 1 or a number that divides {self.rows}"
                 )
 
+    def _check_target(self, applied: AppliedSource | AppliedCAA) -> None:
+        """A target parsing that the user gave must have the picture's shape, but for rounding to whole cells."""
+        if not applied.given or applied.target is None or same_shape(applied.target.size, tuple(self.size)):
+            return
+        (height, width), (rows, columns) = applied.target.size, self.size
+        raise TruePoseError(
+            f"the target parsing is {width}x{height} (width x height) and the latent {columns}x{rows} cells, another "
+            "shape; make the parsing from a picture of the shape that is sampled, or crop it to that"
+        )
+
     def install(self, unet: UNetModel) -> dict:
         """New transformer options with our replace on every block that a source knows and nobody else owns."""
         options = dict(self.options)
         replaces = dict(options.get("patches_replace", {}))
         attn1 = dict(replaces.get("attn1", {}))
         wanted = {site for applied in self.active for site in applied.kept}
-        blocks = {site: found for site, found in transformer_blocks(unet).items() if site in wanted}
+        blocks = transformer_blocks(unet)
         for site, (block, module) in blocks.items():
+            if site not in wanted:
+                continue
             if block in attn1 or block[:2] in attn1:
                 say_once(f"HPFA leaves block {site} alone: another node replaces its self-attention")
                 continue
@@ -749,7 +816,7 @@ class _Call:
         more: dict[str, list] = {}
         if any(a.aligns for a in self.active):
             more["attn1_patch"] = [keep_self_input]
-        if any(a.cross for a in self.active):
+        if self.caas or (self.trained is None and any(a.cross for a in self.active)):
             more["attn2_patch"] = [keep_cross_input]
             more["attn2_output_patch"] = [_TargetCross(self, {s: module for s, (_, module) in blocks.items()})]
         if any(a.aligned is not None for a in self.active):
@@ -775,7 +842,7 @@ class _Call:
                 )
             parts = list(x.split(self.rows))
             for number, kind in enumerate(self.chunks):
-                if not applied.keep_unconditional and kind == UNCONDITIONAL:
+                if not applied.seen_by(kind):
                     continue
                 crop = added
                 if self.areas[number] is not None:
@@ -789,12 +856,32 @@ class _Call:
         """Chunks of the batch that see the same sources: (chunk numbers, sources)."""
         seen: dict[tuple[int, ...], list[int]] = {}
         for number, kind in enumerate(self.chunks):
-            visible = tuple(i for i, a in enumerate(self.active) if a.keep_unconditional or kind != UNCONDITIONAL)
+            visible = tuple(i for i, a in enumerate(self.active) if a.seen_by(kind))
             seen.setdefault(visible, []).append(number)
         for visible, numbers in seen.items():
             yield numbers, [self.active[i] for i in visible]
 
-    def target_rows(self, applied: AppliedSource, grid: tuple[int, int], chunks: list[int]) -> Tensor | None:
+    def readers(self, site: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Reader]:
+        """Which chunks read which region tokens at a site."""
+        if self.trained is None:
+            for chunks, sources in self.groups():
+                for applied in sources:
+                    if site in applied.kept and site in applied.cross:
+                        yield _Reader(chunks, applied.on(device, dtype, site).cross, applied, None)
+        for caa in self.caas:
+            sees = [not self.hidden and (caa.keep_unconditional or kind != UNCONDITIONAL) for kind in self.chunks]
+            for empty in (False, True):
+                chunks = [number for number, sees_it in enumerate(sees) if sees_it != empty]
+                if chunks and site in (caa.empty if empty else caa.cross):
+                    yield _Reader(chunks, caa.on(device, dtype, site, empty), self._knows_target(caa), caa)
+
+    def _knows_target(self, caa: AppliedCAA) -> AppliedSource | AppliedCAA:
+        """Whose target parsing a CAA goes by: its own, else that of a source."""
+        return next((a for a in (caa, *self.active) if a.target is not None), caa)
+
+    def target_rows(
+        self, applied: AppliedSource | AppliedCAA, grid: tuple[int, int], chunks: list[int]
+    ) -> Tensor | None:
         """The target's regions for these chunks, one after the other: [rows, N, 7], or None."""
         if applied.target is None:
             return None
@@ -806,7 +893,9 @@ class _Call:
             return None
         return self._rows_for(applied, "body", grid, chunks)
 
-    def _rows_for(self, applied: AppliedSource, what: str, grid: tuple[int, int], chunks: list[int]) -> Tensor:
+    def _rows_for(
+        self, applied: AppliedSource | AppliedCAA, what: str, grid: tuple[int, int], chunks: list[int]
+    ) -> Tensor:
         parts = []
         for chunk in chunks:
             key = (id(applied), what, grid, self.areas[chunk])
@@ -816,7 +905,9 @@ class _Call:
             parts.append(rows.repeat_interleave(self.rows // rows.shape[0], 0))
         return torch.cat(parts)
 
-    def _sample(self, applied: AppliedSource, what: str, grid: tuple[int, int], area: Area | None) -> Tensor:
+    def _sample(
+        self, applied: AppliedSource | AppliedCAA, what: str, grid: tuple[int, int], area: Area | None
+    ) -> Tensor:
         aspect = self.size[1] / self.size[0]
 
         def rows(height: int, width: int) -> Tensor:
@@ -830,6 +921,17 @@ class _Call:
         whole = rows(*self.size).mT.unflatten(2, tuple(self.size))
         crop = whole[:, :, top : top + height, left : left + width]
         return adaptive_avg_pool2d(crop, grid).flatten(2).mT
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Chunks that read region tokens. target: whose target parsing they go by. caa: the Apply CAA, None for what a
+    source brings."""
+
+    chunks: list[int]
+    cross: CrossTokens
+    target: AppliedSource | AppliedCAA
+    caa: AppliedCAA | None
 
 
 class _Replace:
@@ -900,12 +1002,12 @@ class _Replace:
             if grid is not None and chunks is not None:
                 regions = self._target_regions(applied, kept, grid, chunks, n)
                 places = self.call.target_places(applied, grid, chunks)
-            source = SourceTokens(_heads(ks, heads), _heads(vs, heads), kept.regions, kept.log_w, kept.body)
+            source = SourceTokens(split_heads(ks, heads), split_heads(vs, heads), kept.regions, kept.log_w, kept.body)
             source = _spread(source, q.shape[0], chunks)
             channels.append(
                 match_channels(
                     source,
-                    _heads(q, heads),
+                    split_heads(q, heads),
                     target_regions=None if regions is None else regions.to(q.device),
                     beta=kept.how.beta,
                     region_log_weight=kept.how.region_log_weight,
@@ -916,8 +1018,8 @@ class _Replace:
             tokens.append(source)
         if all(c is None for c in channels):
             for source in tokens:
-                k = torch.cat([k, _merge(source.k).expand(k.shape[0], -1, -1)], 1)
-                v = torch.cat([v, _merge(source.v).expand(v.shape[0], -1, -1)], 1)
+                k = torch.cat([k, merge_heads(source.k).expand(k.shape[0], -1, -1)], 1)
+                v = torch.cat([v, merge_heads(source.v).expand(v.shape[0], -1, -1)], 1)
             return host_attention.optimized_attention(
                 q, k, v, heads, attn_precision=precision, transformer_options=extra
             )
@@ -926,7 +1028,7 @@ class _Replace:
             torch.cat([s.v.expand(q.shape[0], -1, -1, -1) for s in tokens], 2),
         )
         counts = [s.k.shape[2] for s in tokens]
-        q, k, v = augment(*(_heads(x, heads) for x in (q, k, v)), joined, _side_by_side(channels, counts))
+        q, k, v = augment(*(split_heads(x, heads) for x in (q, k, v)), joined, _side_by_side(channels, counts))
         # The host's attention scales by the width it is given; the formula wants that of the unpadded head.
         q = q * (q.shape[-1] / width) ** 0.5
         out = host_attention.optimized_attention(
@@ -943,9 +1045,11 @@ class _Replace:
         prior = self.call.target_rows(applied, grid, chunks)
         if applied.given or kept.cross is None or n is None:
             return prior
-        cross = kept.cross.rows(_row_index(kept.cross.batch, n.shape[0], len(chunks), n.device))
+        trained = self.call.trained
+        cross = kept.cross if trained is None else trained.on(n.device, n.dtype, self.site)
+        cross = cross.rows(row_index(cross.batch, n.shape[0], len(chunks), n.device))
         prior = None if prior is None else prior.to(n.device)
-        q = _heads(self.attn2.to_q(n), self.attn2.heads)
+        q = split_heads(self.attn2.to_q(n), self.attn2.heads)
         return caa_attention(q, cross.k, cross.v, cross.regions, cross.shown, prior=prior, kappa=cross.kappa)[1]
 
 
@@ -969,18 +1073,17 @@ class _TargetCross:
         height, width = extra["activations_shape"][-2:]
         grid = (height, width) if n.shape[1] == height * width else None
         parts = list(n.split(call.rows))
-        for chunks, sources in call.groups():
-            for applied in sources:
-                if site not in applied.kept or site not in applied.cross:
-                    continue
-                cross = applied.on(n.device, n.dtype, site).cross
-                rows = torch.cat([x[i * call.rows : (i + 1) * call.rows] for i in chunks])
-                cross = cross.rows(_row_index(cross.batch, rows.shape[0], len(chunks), n.device))
-                prior = None if grid is None else call.target_rows(applied, grid, chunks)
-                prior = None if prior is None else prior.to(n.device)
-                added = beside_attention(self.blocks[site].attn2, rows, cross, prior)
-                for chunk, more in zip(chunks, added.split(call.rows), strict=True):
-                    parts[chunk] = parts[chunk] + more
+        for reader in call.readers(site, n.device, n.dtype):
+            chunks = reader.chunks
+            rows = torch.cat([x[i * call.rows : (i + 1) * call.rows] for i in chunks])
+            cross = reader.cross.rows(row_index(reader.cross.batch, rows.shape[0], len(chunks), n.device))
+            prior = None if grid is None else call.target_rows(reader.target, grid, chunks)
+            prior = None if prior is None else prior.to(n)
+            added = beside_attention(self.blocks[site].attn2, rows, cross, prior)
+            gate = None if reader.caa is None else reader.caa.gate(prior)
+            added = added if gate is None else gate * added
+            for chunk, more in zip(chunks, added.split(call.rows), strict=True):
+                parts[chunk] = parts[chunk] + more
         return torch.cat(parts)
 
 
@@ -992,28 +1095,12 @@ def _with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]
     return patches
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H * D] -> [B, H, N, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge(x: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, H * D]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _row_index(batch: int, rows: int, chunks: int, device: torch.device) -> Tensor:
-    """Which of `batch` sources each row reads: within every chunk, each serves the same number of rows."""
-    size = rows // chunks
-    return (torch.arange(size, device=device) * batch // size).repeat(chunks)
-
-
 def _spread(source: SourceTokens, rows: int, chunks: list[int] | None) -> SourceTokens:
     """A batch of sources repeated to the rows: within every chunk, each source serves the same number of rows."""
     batch = source.k.shape[0]
     if batch == 1:
         return source
-    index = _row_index(batch, rows, len(chunks), source.k.device)
+    index = row_index(batch, rows, len(chunks), source.k.device)
 
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[index]

@@ -24,6 +24,8 @@ def _boot(folder: Path, on_gpu: bool) -> None:
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = not on_gpu
+    # What the host takes on a GPU; on a CPU it would cut attention into parts by the memory that happens to be free.
+    comfy.cli_args.args.use_pytorch_cross_attention = True
     pack = here.parent
     spec = importlib.util.spec_from_file_location(BOOT, pack / "__init__.py", submodule_search_locations=[str(pack)])
     module = importlib.util.module_from_spec(spec)

@@ -17,7 +17,7 @@ import comfy.samplers
 import comfy.supported_models
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from truepose_core.benchmark.memory import high_water
@@ -32,6 +32,14 @@ BLOCK = 64
 """Pixels along a side of the squares that are person or background: whole tokens at every level of SD1.5."""
 SHARE = 0.4
 READING = "reading the source, once"
+
+
+def _flops(q: tuple, k: tuple, v: tuple, *args: object, out_val: object = None, **kwargs: object) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+# The counter knows the kernels of a GPU only.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flops}
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ def measure(quick: bool, repeats: int | None, shape: Shape | None = None) -> dic
     found: dict[str, dict] = {}
 
     def look(name: str, call: Callable[[], object]) -> None:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             call()
         bar.update()
         found[name] = {"flops": counter.get_total_flops(), "peak_bytes": _peak(device, call), "readings": []}

@@ -1,4 +1,5 @@
 """A TruePose model file as the host's own objects: two MODELs, a VAE, and the adapter with what lies beside the nets.
+Files of other systems (AnimateAnyone, champ, Leffa) are read the same way, as they are or converted.
 
 The nets become the host's UNetModel, so everything that works on a MODEL works on them. The adapter (pose encoder,
 HPFA's learned weights, CAA, aligned encoder) travels in an attachment of both MODELs, so nothing needs wiring.
@@ -6,12 +7,13 @@ HPFA's learned weights, CAA, aligned encoder) travels in an attachment of both M
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
+import comfy.diffusers_convert
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -23,36 +25,34 @@ import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad
 
 from truepose_core.attention.caa import CAASite, RegionTokens
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
+from truepose_core.guidance import rescale_guidance
 from truepose_core.models.codec import PixelCodec
 from truepose_core.models.config import TruePoseConfig
-from truepose_core.models.model import AlignedEncoder, RegionReader, TruePoseModel
+from truepose_core.models.model import AlignedEncoder, RegionReader, TruePoseModel, nearest, scale_densepose
+from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
+from truepose_core.models.processors import PassOn
 from truepose_core.models.store import ARCHITECTURE, bundled_path, load_strict, read_metadata
 from truepose_core.parsing import HumanParsing
 
-from .host import CrossTokens, SiteWeights, transformer_blocks
+from .host import GUIDANCE, NOTHING, CrossTokens, SiteWeights, row_index, transformer_blocks
+from .host_files import FOLDER, files, folders
 
-FOLDER = "truepose"
 BUNDLED = "bundled demo"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 ATTACHMENT = "truepose_adapter"
-
-
-def register_folder() -> None:
-    """Make models/truepose a folder of the host (and of its extra_model_paths.yaml), for .safetensors files."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, ".safetensors"})
 
 
 def model_files() -> list[str]:
     """What Load TruePose Model offers: the bundled model, then the files in models/truepose."""
-    return [BUNDLED, *folder_paths.get_filename_list(FOLDER)]
+    return [BUNDLED, *(name for suffix in SUFFIXES for name in files(suffix))]
 
 
 def model_path(name: str) -> Path:
@@ -65,6 +65,18 @@ def model_path(name: str) -> Path:
             f"there is no model file {name!r} in models/{FOLDER}; put it there, or choose {BUNDLED!r}, and refresh"
         )
     return Path(path)
+
+
+def kept_path(name: str) -> Path:
+    """Where a converted model of that name is written. Raises TruePoseError for a name that leaves the folder."""
+    name = name.strip()
+    name = name if name.endswith(".safetensors") else f"{name}.safetensors"
+    folder = folders()[0]
+    path = (folder / name).resolve()
+    if path.parent != folder.resolve():
+        raise TruePoseError(f"keep_as is {name!r}; expected a plain file name")
+    folder.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------ the two MODELs
@@ -94,32 +106,66 @@ class _X0Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampli
     """A net that predicts the clean latent."""
 
 
-class _HostConfig(comfy.supported_models.SD15):
-    """What the host needs to know of one of our nets."""
+class _OwnConfig:
+    """What the host needs to know of one of our nets; the rest is that of the base it stands in front of."""
 
     unet_config: dict = {}  # noqa: RUF012 - the host's own way
     unet_extra_config: dict = {}  # noqa: RUF012
 
-    def __init__(self, config: TruePoseConfig) -> None:
-        super().__init__(unet_settings(config))
+    def __init__(self, config: TruePoseConfig, unet: Mapping, count: int) -> None:
+        """unet: diffusers' arguments of this net. count: its weights."""
+        super().__init__(unet_settings(config, unet))
         self.truepose_family = config.family
-        self.latent_format = _PixelLatent(config.patch)
+        self.latent_format = _latent_format(config)
         schedule = config.scheduler
         self.sampling_settings = {
-            "beta_schedule": "linear",  # the host's name for what diffusers calls scaled_linear
+            "beta_schedule": _BETAS[schedule.get("beta_schedule", "scaled_linear")],
             "linear_start": schedule.get("beta_start", 0.00085),
             "linear_end": schedule.get("beta_end", 0.012),
             "timesteps": schedule.get("num_train_timesteps", 1000),
+            "zsnr": schedule.get("rescale_betas_zero_snr", False),
         }
-        self.custom_operations = _operations(config.unet.get("norm_num_groups", 32))
+        dtype, cast = torch.float32, None
+        if config.codec == "vae":
+            device = comfy.model_management.get_torch_device()
+            kinds = self.supported_inference_dtypes
+            dtype = comfy.model_management.unet_dtype(device=device, model_params=count, supported_dtypes=kinds)
+            cast = comfy.model_management.unet_manual_cast(dtype, device, kinds)
+        self.set_inference_dtype(dtype, cast)
+        groups = unet.get("norm_num_groups", 32)
+        if groups != 32:
+            self.custom_operations = _operations(groups, dtype, cast)
 
     def inpaint_model(self) -> bool:
         return False
 
 
-def _operations(groups: int) -> type:
+class _SDConfig(_OwnConfig, comfy.supported_models.SD15):
+    pass
+
+
+class _SDXLConfig(_OwnConfig, comfy.supported_models.SDXL):
+    pass
+
+
+def _latent_format(config: TruePoseConfig) -> comfy.latent_formats.LatentFormat:
+    """How the host scales and previews the model's latents."""
+    if config.codec == "pixels":
+        return _PixelLatent(config.patch)
+    wide = len(config.unet["block_out_channels"]) == 3
+    made = comfy.latent_formats.SDXL() if wide else comfy.latent_formats.SD15()
+    if config.vae is not None:
+        made.scale_factor = config.vae["scaling_factor"]
+    return made
+
+
+_BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear"}
+"""diffusers' names of noise schedules -> the host's."""
+
+
+def _operations(groups: int, dtype: torch.dtype, cast: torch.dtype | None) -> type:
     """The host's layers with another number of groups than the 32 that its UNet asks for."""
-    base = comfy.ops.pick_operations(torch.float32, None)
+    base = comfy.ops.pick_operations(dtype, cast)
 
     class Operations(base):
         class GroupNorm(base.GroupNorm):
@@ -130,6 +176,12 @@ def _operations(groups: int) -> type:
 
 
 _KNOWN = {
+    "transformer_layers_per_block",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+    "addition_embed_type_num_heads",
+    "upcast_attention",
     "sample_size",
     "in_channels",
     "out_channels",
@@ -142,23 +194,57 @@ _KNOWN = {
     "norm_num_groups",
     "use_linear_projection",
 }
+_USUAL = {
+    "act_fn": "silu",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+}
+"""What a folder in diffusers format says besides, as the host's UNet does it anyway. Everything else must be None."""
 
 
-def unet_settings(config: TruePoseConfig) -> dict:
-    """diffusers' arguments of a UNet as the host's. Raises TruePoseError for what the host's UNet does not have."""
-    unet = config.unet
-    unknown = sorted(set(unet) - _KNOWN)
-    heads = unet.get("attention_head_dim", 8)
-    if unknown or not isinstance(heads, int):
-        what = ", ".join(unknown) or f"attention_head_dim {heads}"
-        raise TruePoseError(f"this TruePose model's UNet has settings that ComfyUI's UNet lacks: {what}")
-    if config.scheduler.get("beta_schedule", "scaled_linear") != "scaled_linear":
-        raise TruePoseError(
-            f"this TruePose model has the noise schedule {config.scheduler['beta_schedule']!r}; expected scaled_linear"
-        )
+def unet_settings(config: TruePoseConfig, unet: Mapping | None = None) -> dict:
+    """diffusers' arguments of a UNet as the host's. unet: other arguments than TargetNet's. Raises TruePoseError for
+    what the host's UNet does not have."""
+    unet = config.unet if unet is None else unet
+    unknown = sorted(k for k, v in unet.items() if k not in _KNOWN and v is not None and v != _USUAL.get(k, ()))
     widths, layers = unet["block_out_channels"], unet.get("layers_per_block", 2)
-    down = ["CrossAttn" in kind for kind in unet["down_block_types"]]
-    up = ["CrossAttn" in kind for kind in reversed(unet["up_block_types"])]
+    heads = unet.get("attention_head_dim", 8)
+    if isinstance(heads, int):
+        head_width = -1
+    else:
+        # The name is diffusers' own mistake: these are the numbers of heads.
+        head_width, rest = divmod(widths[0], heads[0])
+        if rest or any(width != head_width * number for width, number in zip(widths, heads, strict=True)):
+            unknown.append(f"attention_head_dim {heads}")
+    embedding = unet.get("addition_embed_type")
+    if embedding not in (None, "text_time"):
+        unknown.append(f"addition_embed_type {embedding}")
+    if unknown:
+        raise TruePoseError(f"this TruePose model's UNet has settings that ComfyUI's UNet lacks: {', '.join(unknown)}")
+    betas = config.scheduler.get("beta_schedule", "scaled_linear")
+    if betas not in _BETAS:
+        raise TruePoseError(f"this TruePose model has the noise schedule {betas!r}; expected {' or '.join(_BETAS)}")
+    depths = unet.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(widths) if isinstance(depths, int) else list(depths)
+    down = [depth * ("CrossAttn" in kind) for kind, depth in zip(unet["down_block_types"], depths, strict=True)]
+    up_kinds = list(reversed(unet["up_block_types"]))
+    up = [depth * ("CrossAttn" in kind) for kind, depth in zip(up_kinds, depths, strict=True)]
     return {
         "image_size": 32,
         "in_channels": unet["in_channels"],
@@ -166,15 +252,16 @@ def unet_settings(config: TruePoseConfig) -> dict:
         "model_channels": widths[0],
         "channel_mult": [_Times(width / widths[0]) for width in widths],
         "num_res_blocks": [layers] * len(widths),
-        "transformer_depth": [int(has) for has in down for _ in range(layers)],
-        "transformer_depth_output": [int(has) for has in up for _ in range(layers + 1)],
-        "transformer_depth_middle": 1,
-        "num_heads": heads,
-        "num_head_channels": -1,
+        "transformer_depth": [depth for depth in down for _ in range(layers)],
+        "transformer_depth_output": [depth for depth in up for _ in range(layers + 1)],
+        "transformer_depth_middle": depths[-1],
+        "num_heads": heads if head_width < 0 else -1,
+        "num_head_channels": head_width,
         "use_spatial_transformer": True,
         "use_linear_in_transformer": unet.get("use_linear_projection", False),
         "context_dim": unet["cross_attention_dim"],
-        "adm_in_channels": None,
+        "adm_in_channels": unet["projection_class_embeddings_input_dim"] if embedding else None,
+        **({"num_classes": "sequential"} if embedding else {}),
         "use_temporal_attention": False,
         "legacy": False,
         "dtype": torch.float32,
@@ -195,17 +282,26 @@ def host_sites(settings: dict) -> dict[str, str]:
     return table
 
 
-def _make_model(config: TruePoseConfig, weights: Mapping[str, Tensor], where: str) -> object:
-    """A MODEL of diffusers' weights. Raises TruePoseError when they do not fit."""
-    settings = _HostConfig(config)
+def _make_model(config: TruePoseConfig, part: str, weights: Mapping[str, Tensor], where: str) -> object:
+    """A MODEL of diffusers' weights. part: "target_net" or "source_net". Raises TruePoseError when they do not fit."""
+    unet = config.unet if part == "target_net" else config.source_unet
+    kind = _SDXLConfig if unet.get("addition_embed_type") else _SDConfig
+    settings = kind(config, unet, sum(x.numel() for x in weights.values()))
     model = settings.get_model({}, "", device=torch.device("cpu"))
+    if config.behaviour.cross_attention == "pass":
+        for _, block in transformer_blocks(model.diffusion_model).values():
+            block.attn2 = PassOn()
     if config.prediction_type == "sample":
         model.model_sampling = _X0Sampling(settings)
     elif config.prediction_type == "v_prediction":
         model.model_sampling = comfy.model_base.model_sampling(settings, comfy.model_base.ModelType.V_PREDICTION)
     names = comfy.utils.unet_to_diffusers(settings.unet_config)
     # A name that the host's UNet lacks keeps its own, so that the message below can show it.
-    load_strict(model.diffusion_model, {names.get(k, k): v for k, v in weights.items()}, where)
+    weights = {names.get(k, k): v for k, v in weights.items()}
+    if part == "source_net" and not config.behaviour.source_head:
+        # SourceNet's output is never read; the host's UNet has the layers all the same.
+        weights |= {k: torch.zeros_like(v) for k, v in model.diffusion_model.out.state_dict(prefix="out.").items()}
+    load_strict(model.diffusion_model, weights, where)
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -266,27 +362,45 @@ class PixelVAE(comfy.sd.VAE):
         return self.decode(samples)
 
 
+def _make_vae(config: TruePoseConfig, weights: Mapping[str, Tensor], where: str) -> object:
+    """The VAE of the file as the host's own. weights: diffusers' names."""
+    unet = config.vae
+    widths = unet["block_out_channels"]
+    settings = {
+        "double_z": True,
+        "z_channels": unet["latent_channels"],
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": unet["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    params = {"ddconfig": settings, "embed_dim": unet["latent_channels"]}
+    converted = comfy.diffusers_convert.convert_vae_state_dict(dict(weights))
+    vae = comfy.sd.VAE(sd=converted, config={"params": params})
+    load_strict(vae.first_stage_model, converted, f"{where}, VAE")
+    return vae
+
+
+class MissingVAE:
+    """Stands where a file brings no VAE, and says so when it is used."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def _missing(self, *_: object, **__: object) -> None:
+        raise TruePoseError(
+            f"{self._where} brings no VAE: connect Load VAE, with the VAE that the model was trained on"
+        )
+
+    encode = decode = encode_tiled = decode_tiled = _missing
+    spacial_compression_encode = spacial_compression_decode = _missing
+
+
 # --------------------------------------------------------------------------------------------------- the adapter
-
-
-class _PoseEncoder(nn.Module):
-    """Skeleton picture [B, 3, H, W] -> what is added after conv_in. The layers and names of ControlNet's conditioning
-    embedding (arXiv 2302.05543) as diffusers saves it."""
-
-    def __init__(self, width: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList()
-        for a, b in pairwise(widths):
-            self.blocks.append(nn.Conv2d(a, a, 3, padding=1))
-            self.blocks.append(nn.Conv2d(a, b, 3, padding=1, stride=2))
-        self.conv_out = nn.Conv2d(widths[-1], width, 3, padding=1)
-
-    def forward(self, picture: Tensor) -> Tensor:
-        x = silu(self.conv_in(picture))
-        for block in self.blocks:
-            x = silu(block(x))
-        return self.conv_out(x)
 
 
 class _Parts(nn.Module):
@@ -301,7 +415,7 @@ class _Parts(nn.Module):
         unet = config.unet
         width, context = unet["block_out_channels"][0], unet["cross_attention_dim"]
         self.codec = PixelCodec(config.patch)
-        self.pose_encoder = _PoseEncoder(width, config.pose_widths)
+        self.pose_encoder = make_pose_encoder(width, config.pose_widths, config.behaviour)
         self.aligned_encoder = AlignedEncoder(unet["out_channels"], width) if config.aligned else None
         self.hpfa = nn.ModuleDict()
         if config.fusion == "hpfa":
@@ -322,8 +436,11 @@ class Adapter:
     config: the model's. sites: the host's site -> key in the file.
     """
 
-    def __init__(self, config: TruePoseConfig, parts: _Parts, sites: Mapping[str, str]) -> None:
-        self.config, self.sites = config, dict(sites)
+    def __init__(
+        self, config: TruePoseConfig, parts: _Parts, sites: Mapping[str, str], size: tuple[int, int] | None = None
+    ) -> None:
+        """size: (height, width) in pixels of its pictures, where that is not the one it was trained at."""
+        self.config, self.sites, self._size = config, dict(sites), size or config.size
         self._parts = parts.eval().requires_grad_(False)
         self._patcher = comfy.model_patcher.ModelPatcher(
             self._parts,
@@ -345,7 +462,7 @@ class Adapter:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels of the pictures it makes."""
-        return self.config.size
+        return self._size
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -357,10 +474,53 @@ class Adapter:
         """How a picture of (height, width) lies in the model's canvas."""
         return fit(size, self.size)
 
-    def pose_embedding(self, picture: Tensor) -> Tensor:
-        """Skeleton [B, 3, *size] in [0, 1] -> what is added after TargetNet's conv_in, [B, C0, h, w], on the CPU."""
+    @property
+    def source_timestep(self) -> int:
+        """Where SourceNet reads the source: 0, or the middle of the sampling for a model that reads it at the sampler's
+        timestep (Leffa's own faster mode; 50 steps, evenly spaced from 1)."""
+        return 0 if self.config.behaviour.source_timestep == "zero" else 481
+
+    def check_conditioning(self, conditioning: list | None) -> None:
+        """Raises TruePoseError where SourceNet needs the picture's embedding and there is none."""
+        if self.config.behaviour.context == "image" and not conditioning:
+            raise TruePoseError(
+                f"a {self.config.family} model reads the source's CLIP embedding: connect Picture Context to "
+                "conditioning"
+            )
+
+    def pose_embedding(self, pictures: Mapping[str, Tensor]) -> Tensor:
+        """Pose pictures by name, [B, 3, *size] in [0, 1] -> what is added after TargetNet's conv_in, [B, C0, h, w], on
+        the CPU. Raises TruePoseError for a picture that the model does not read."""
         parts, device = self._loaded()
-        return parts.pose_encoder(picture.to(device, torch.float32)).cpu()
+        return encode_maps(parts.pose_encoder, {k: x.to(device, torch.float32) for k, x in pictures.items()}).cpu()
+
+    def labels(self, picture: Tensor) -> Tensor:
+        """A picture of labels [B, C, H, W] in the model's canvas, 0 around it; every pixel one of the picture's own."""
+        frame = self.frame((picture.shape[2], picture.shape[3]))
+        (height, width), (top, left) = frame.size_in, frame.offset
+        tall, wide = frame.size_padded
+        padded = pad(picture, (left, wide - width - left, top, tall - height - top))
+        return nearest(padded, frame.size_model)
+
+    def channels(self, densepose: Tensor, canvas: Tensor, mask: Tensor, vae: object) -> tuple[Tensor, Tensor]:
+        """What conv_in reads beside the noisy latent, [B, C, h, w], with the pose and without it.
+
+        densepose, canvas: [B, 3, *size] in [0, 1]; mask: [B, 1, *size], 1 where the picture is made. vae: the model's.
+        """
+        behaviour = self.config.behaviour
+        latent = vae.encode(torch.where(mask < 0.5, canvas, 0.5).movedim(1, -1)).cpu()
+        latent = latent * self.config.vae["scaling_factor"]
+        cells = latent.shape[-2:]
+        made = []
+        for picture in (densepose, torch.zeros_like(densepose)):
+            known = {
+                "mask": (nearest(mask, cells) >= 0.5).float(),
+                "masked latent": latent,
+                "densepose": scale_densepose(nearest(picture, cells), behaviour.densepose),
+            }
+            rows = max(x.shape[0] for x in known.values())
+            made.append(torch.cat([known[name].expand(rows, -1, -1, -1) for name in behaviour.channels], 1))
+        return made[0], made[1]
 
     def region_tokens(self, image: Tensor, parsing: HumanParsing) -> RegionTokens | None:
         """CAA's tokens of the source [S, 3, *size] in [0, 1]; None for a model without CAA."""
@@ -440,13 +600,14 @@ class Loaded:
 
     target: object
     source: object
-    vae: PixelVAE
+    vae: object
     adapter: Adapter
 
 
-def load(path: Path) -> Loaded:
-    """Read a TruePose model file. Raises TruePoseError when it is missing, truncated, of another kind, or when a weight
-    is missing, unknown or of another shape."""
+def load(path: Path, size: tuple[int, int] | None = None) -> Loaded:
+    """Read a TruePose model file. size: (height, width) in pixels of the pictures to make, for models on the latents of
+    a VAE. Raises TruePoseError when the file is missing, truncated, of another kind, or when a weight is missing,
+    unknown or of another shape."""
     from safetensors.torch import load_file
 
     metadata = read_metadata(path)
@@ -455,37 +616,160 @@ def load(path: Path) -> Loaded:
             f"{path.name} is no TruePose model file (its metadata says {metadata.get('architecture')!r}); "
             "for a checkpoint use Load Checkpoint: Apply HPFA works with it as it is"
         )
-    config = TruePoseConfig.from_json(metadata["config"])
-    if config.codec != "pixels":
+    return make(TruePoseConfig.from_json(metadata["config"]), load_file(path), path.name, size)
+
+
+def load_files(
+    paths: Sequence[Path],
+    choices: Mapping[str, str] | None = None,
+    keep: Path | None = None,
+    size: tuple[int, int] | None = None,
+) -> Loaded:
+    """Read a TruePose model file, or the files of another system as they were published. choices: what the user says
+    where files do not tell (see `truepose_core.models.importing.convert.find`). keep: where to write the converted
+    file, None for nowhere. Raises as `load`, and as `find` and `convert`."""
+    from truepose_core.models.importing.convert import convert, find, opened
+
+    first = paths[0]
+    if len(paths) == 1 and first.suffix == ".safetensors" and "architecture" in read_metadata(first):
+        if choices or keep:
+            raise TruePoseError(f"{first.name} is converted already; leave choices and keep_as empty")
+        return load(first, size)
+    try:
+        found = find(paths, choices, whole=False)
+    except TruePoseError as error:
+        names = ", ".join(path.name for path in paths)
         raise TruePoseError(
-            f"{path.name} was trained on the latents of a VAE; this node reads models on pixel patches. "
-            "Use `truepose transfer` for this one"
-        )
+            f"{names} is no TruePose model file, nor what one is made of: {error}. For a checkpoint use Load "
+            "Checkpoint: Apply HPFA works with it as it is"
+        ) from error
+    if found.plan.metadata.get("architecture", ARCHITECTURE) != ARCHITECTURE:
+        raise TruePoseError(f"{first.name} is of {found.title}, which this node does not load")
+    if keep is not None:
+        convert(paths, keep, choices=choices)
+        return load(keep, size)
+    config = TruePoseConfig.from_json(json.dumps(found.plan.config))
+    with opened(paths, choices, whole=False) as (_, weights):
+        return make(config, weights, found.title, size)
+
+
+def make(
+    config: TruePoseConfig, weights: Mapping[str, Tensor], where: str, size: tuple[int, int] | None = None
+) -> Loaded:
+    """The host's objects of a model's weights, under the names of this package's files. Raises as `load`."""
     if config.fusion == "none":
-        raise TruePoseError(f"{path.name} reads no source person (fusion 'none'), so there is nothing to load it for")
-    groups: dict[str, dict[str, Tensor]] = {"target_net": {}, "source_net": {}, "": {}}
-    for name, x in load_file(path).items():
-        head, _, rest = name.partition(".")
-        if head in ("target_net", "source_net"):
-            groups[head][rest] = x
-        else:
-            groups[""][name] = x
-    nets = [_make_model(config, groups[part], f"{path.name}, {part}") for part in ("target_net", "source_net")]
+        raise TruePoseError(f"{where} reads no source person (fusion 'none'), so there is nothing to load it for")
+    if size is not None and config.codec == "pixels":
+        raise TruePoseError(
+            f"{where} makes pictures of {config.size[1]}x{config.size[0]} only; leave width and height 0"
+        )
+    groups: dict[str, dict[str, Tensor]] = {"target_net.": {}, "source_net.": {}, _VAE: {}, "": {}}
+    for name, x in weights.items():
+        head = next(head for head in groups if name.startswith(head))
+        groups[head][name.removeprefix(head)] = x
+    nets = [_make_model(config, part, groups[f"{part}."], f"{where}, {part}") for part in ("target_net", "source_net")]
     table = host_sites(nets[0].model.model_config.unet_config)
     keys = {ours: theirs.replace(".", "_") for theirs, ours in table.items()}
     blocks = transformer_blocks(nets[0].model.diffusion_model)
-    inner = {site: block.attn2 for site, (_, block) in blocks.items()}
+    inner = {site: block.attn1 for site, (_, block) in blocks.items()}
     parts = _Parts(config, {key: (inner[site].to_q.out_features, inner[site].heads) for site, key in keys.items()})
-    load_strict(parts, groups[""], path.name)
-    adapter = Adapter(config, parts, keys)
+    load_strict(parts, groups[""], where)
+    adapter = Adapter(config, parts, keys, size)
     for net in nets:
         net.set_attachments(ATTACHMENT, adapter)
-    return Loaded(nets[0], nets[1], PixelVAE(config.patch), adapter)
+    if config.behaviour.guidance_rescale > 0:
+        nets[0].set_model_sampler_cfg_function(_rescaled(config.behaviour.guidance_rescale))
+    if config.codec == "pixels":
+        vae = PixelVAE(config.patch)
+    else:
+        vae = MissingVAE(where) if config.vae is None else _make_vae(config, groups[_VAE], where)
+    return Loaded(nets[0], nets[1], vae, adapter)
+
+
+_VAE = "codec.vae."
+
+
+def _rescaled(share: float) -> Callable[[dict], Tensor]:
+    """The host's guidance with rescaling (`rescale_guidance`), phi = share * scale, on the net's own prediction."""
+
+    def guide(args: dict) -> Tensor:
+        full, without, scale = args["cond"], args["uncond"], args["cond_scale"]
+        guided = without + scale * (full - without)
+        return rescale_guidance(guided, full, share * scale)
+
+    return guide
 
 
 def empty_conditioning(adapter: Adapter) -> list:
-    """CONDITIONING for a model that reads no text: one zero token."""
-    return [[torch.zeros(1, 1, adapter.config.unet["cross_attention_dim"]), {}]]
+    """CONDITIONING for a model that reads no text, and for rows that see no source: one zero token."""
+    wide = adapter.config.unet.get("addition_embed_type") == "text_time"
+    pooled = {"pooled_output": torch.zeros(1, 1280)} if wide else {}
+    return [[torch.zeros(1, 1, adapter.config.unet["cross_attention_dim"]), pooled]]
 
 
-register_folder()
+def picture_conditioning(adapter: Adapter, embedding: Tensor) -> list:
+    """CONDITIONING of a CLIP embedding of the source picture [S, c]. Raises TruePoseError if the model reads none."""
+    if adapter.config.behaviour.context != "image":
+        raise TruePoseError(
+            f"a {adapter.config.family} model reads no CLIP embedding of the source; leave this node out"
+        )
+    width = adapter.config.unet["cross_attention_dim"]
+    if embedding.ndim != 2 or embedding.shape[1] != width:
+        raise TruePoseError(
+            f"the CLIP embedding is {tuple(embedding.shape)} and the model reads [S, {width}]; load the CLIP vision "
+            "model that it was trained with"
+        )
+    return [[embedding[:, None].float(), {}]]
+
+
+# ------------------------------------------------------------------------------------- channels beside the latent
+
+CHANNELS_KEY = "truepose_channels"
+
+
+class ChannelsPatch:
+    """What TargetNet's conv_in reads beside the noisy latent, [T, C, h, w]. Never changed once made."""
+
+    def __init__(self, channels: Tensor, without_pose: Tensor) -> None:
+        self.channels, self.without_pose = channels, without_pose
+
+    def __deepcopy__(self, memo: dict) -> ChannelsPatch:
+        return self
+
+    def on_model_call(
+        self,
+        executor: Callable,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: object = None,
+        transformer_options: dict | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """The `DIFFUSION_MODEL` wrapper."""
+        options = {} if transformer_options is None else transformer_options
+        added = self.without_pose if options.get(GUIDANCE) == NOTHING else self.channels
+        chunks, count = len(options.get("cond_or_uncond") or [0]), added.shape[0]
+        if tuple(x.shape[2:]) != tuple(added.shape[2:]):
+            raise TruePoseError(
+                f"the latent is {x.shape[3]}x{x.shape[2]} cells and this model was given a pose of "
+                f"{added.shape[3]}x{added.shape[2]} cells; connect Empty TruePose Latent"
+            )
+        rows, rest = divmod(x.shape[0], chunks)
+        if rest or rows % count:
+            raise TruePoseError(
+                f"there are {count} target poses and {x.shape[0] // chunks} latents in the batch; "
+                "expected 1 pose or a number that divides the latents"
+            )
+        index = row_index(count, x.shape[0], chunks, added.device)
+        return executor(torch.cat([x, added[index].to(x)], 1), timesteps, context, y, control, options, **kwargs)
+
+
+def with_channels(model: object, channels: tuple[Tensor, Tensor]) -> object:
+    """A clone of MODEL whose conv_in also reads these (see `Adapter.channels`); others on it are replaced."""
+    patch = ChannelsPatch(*channels)
+    clone = model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, CHANNELS_KEY)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, CHANNELS_KEY, patch.on_model_call)
+    return clone

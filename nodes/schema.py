@@ -17,6 +17,8 @@ Parsing = io.Custom("TRUEPOSE_PARSING")
 Source = io.Custom("TRUEPOSE_SOURCE")
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 Adapter = io.Custom("TRUEPOSE_ADAPTER")
+CAA = io.Custom("TRUEPOSE_CAA")
+CAAAdapter = io.Custom("TRUEPOSE_CAA_ADAPTER")
 
 
 def known(factory: type, **keywords: Any) -> Any:

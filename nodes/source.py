@@ -14,8 +14,8 @@ from truepose_core.parsing import HumanParsing
 from truepose_core.pose import body_tensor, read_pose
 from truepose_core.regions import REGION_NAMES, Region
 
-from . import host, host_model
-from .schema import Adapter, Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core
+from . import host, host_model, host_vision
+from .schema import CAA, Adapter, Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core
 
 LEARNED = "learned"
 MATCHES = (LEARNED, "as set")
@@ -105,6 +105,14 @@ class SourceNetEncode(io.ComfyNode):
                     ),
                 ),
                 Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
+                CAA.Input(
+                    "caa",
+                    optional=True,
+                    tooltip=(
+                        "From CAA Encode: the model reads the source with these region tokens beside it. TruePose "
+                        "models read their own without it."
+                    ),
+                ),
             ],
             outputs=[
                 Source.Output(
@@ -124,6 +132,7 @@ class SourceNetEncode(io.ComfyNode):
         conditioning: list | None = None,
         pose: object = None,
         adapter: host_model.Adapter | None = None,
+        caa: host_vision.SourceCAA | None = None,
     ) -> io.NodeOutput:
         check_parsing(parsing, image, "the parsing")
         host.unet_of(model, "the model")
@@ -137,13 +146,29 @@ class SourceNetEncode(io.ComfyNode):
             body = body.expand(batch, -1, -1)
         parsing = joined_batch(parsing.to("cpu"), batch)
         picture = to_core(image, "the image").cpu()
+        caa = None if caa is None else caa.repeated(batch)
+        cross = {} if caa is None else caa.cross(model, "source")
         if adapter is None:
             picture, parsing, body = padded_to(picture, parsing, body, host.cell_size(vae))
             latent = vae.encode(picture.movedim(1, -1))
-            return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body))
+            return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body, cross=cross))
         picture, parsing, body = fitted_to(adapter, picture, parsing, body)
         latent = vae.encode(picture.movedim(1, -1))
-        tokens = adapter.region_tokens(picture, parsing)
+        tokens = adapter.region_tokens(picture, parsing) if caa is None or not caa.trained else caa.tokens
+        if tokens is not None:
+            if cross and not caa.trained:
+                raise TruePoseError(
+                    "this TruePose model reads region tokens of its own; leave caa unconnected, or give CAA Encode the "
+                    "model's adapter"
+                )
+            cross = adapter.cross_tokens(tokens, "source")
+        adapter.check_conditioning(conditioning)
+        nothing = None
+        if adapter.config.behaviour.unconditional == "zero latent":
+            zeros = torch.zeros_like(latent)
+            nothing = host.read_source(
+                model, zeros, parsing, conditioning, body, cross=cross, timestep=adapter.source_timestep
+            )
         source = host.read_source(
             model,
             latent,
@@ -151,8 +176,10 @@ class SourceNetEncode(io.ComfyNode):
             conditioning,
             body,
             caa=tokens,
-            cross=adapter.cross_tokens(tokens, "source"),
+            cross=cross,
             image=picture if adapter.config.aligned else None,
+            timestep=adapter.source_timestep,
+            nothing=nothing,
         )
         return io.NodeOutput(source)
 
@@ -364,7 +391,7 @@ def applied_source(
     wants_regions = more.get("beta", 0) > 0 or adapter is not None
     if not given and body is not None and source.body is not None and wants_regions:
         # A TruePose model has learned with the parsing carried at its latent's size.
-        parsing = carried_parsing(source, body, None if adapter is None else source.latent_size)
+        parsing = carried_parsing(source.parsing, source.body, body, None if adapter is None else source.latent_size)
     learned: dict = {}
     if adapter is not None and source.family == adapter.config.family and strength > 0 and any(omega):
         weights = torch.tensor(omega)
@@ -389,19 +416,18 @@ def applied_source(
 
 
 def carried_parsing(
-    source: host.HostFeatures, target_body: Tensor, size: tuple[int, int] | None = None
+    parsing: HumanParsing, body: Tensor, target_body: Tensor, size: tuple[int, int] | None = None
 ) -> HumanParsing:
-    """The source's parsing carried along the skeleton to the target poses [T, 18, 3]. size: (height, width) of the
-    result, by default the parsing's own."""
-    count, batch = target_body.shape[0], source.batch
+    """The sources' parsing carried along the skeleton from their keypoints body [S, 18, 3] to the target poses
+    [T, 18, 3]. size: (height, width) of the result, by default the parsing's own."""
+    count, batch = target_body.shape[0], parsing.batch
     if count > 1 and batch > 1 and count != batch:
         raise TruePoseError(
             f"there are {count} target poses and {batch} source images; expected as many, or 1 of either"
         )
     total = max(count, batch)
-    parsing = joined_batch(source.parsing, total)
-    body = source.body.expand(total, -1, -1)
-    return region_prior(parsing, body, target_body.expand(total, -1, -1), *(size or parsing.size))
+    masks = joined_batch(parsing, total)
+    return region_prior(masks, body.expand(total, -1, -1), target_body.expand(total, -1, -1), *(size or parsing.size))
 
 
 NODES = [SourceNetEncode, ApplyHPFA]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from truepose_core.alignment.skeleton_prior import body_coordinates
+from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior, warp
 from truepose_core.attention.caa import RegionTokens
+from truepose_core.attention.hpfa import region_rows_weight
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 
@@ -30,6 +31,19 @@ def grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+def _paired(target_body: Tensor, *of_sources: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of S sources and target poses [T, 18, 3], repeated to one row each: T / S poses for each source."""
+    count, sources = target_body.shape[0], of_sources[0].shape[0]
+    if count == 1:
+        return *of_sources, target_body.expand(sources, -1, -1)
+    if count % sources:
+        raise TruePoseError(
+            f"there are {count} target poses and {sources} source images; expected as many, or 1 of either, or a "
+            "number of poses that the sources divide"
+        )
+    return *(x.repeat_interleave(count // sources, 0) for x in of_sources), target_body
+
+
 @dataclass(frozen=True, eq=False)
 class SourceFeatures:
     """Per attention site the source's normed hidden states, and where they lie on the person.
@@ -40,6 +54,8 @@ class SourceFeatures:
     None (no body match, no skeleton prior).
     caa: the region tokens of the source, or None. image: the source [B, 3, H, W] in [0, 1] at the model's size, where
     the model also reads the source carried to the target pose; else None.
+    context: what cross-attention reads, [B, T, c], where that is an embedding of the source picture; else None.
+    latent: the source's [B, C, h, w], where SourceNet runs during sampling (`sites` is then empty); else None.
     """
 
     family: str
@@ -49,6 +65,8 @@ class SourceFeatures:
     body: Tensor | None = None
     caa: RegionTokens | None = None
     image: Tensor | None = None
+    context: Tensor | None = None
+    latent: Tensor | None = None
     # Not an argument, so that `dataclasses.replace` never carries rows of another parsing along.
     _rows: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict, repr=False)
 
@@ -75,6 +93,42 @@ class SourceFeatures:
             self._rows[key] = body_coordinates(self.body, h, w, aspect)
         return self._rows[key]
 
+    def token_weights(self, site: str, omega: Tensor | None) -> Tensor | None:
+        """w(j) of a site's tokens, [B, M] in [0, 1], by the region weights omega [7]; None where all are 1."""
+        if omega is None or bool((omega == 1).all()):
+            return None
+        return region_rows_weight(self.regions(site), omega)
+
+    def prior(self, target_body: Tensor, height: int, width: int) -> HumanParsing | None:
+        """The parsing carried along the skeleton to the target poses [T, 18, 3]: P [max(S, T), 7, height, width].
+
+        S sources serve T poses, T / S each in a row, or one pose serves all sources. None without keypoints.
+        """
+        if self.body is None:
+            return None
+        masks, body, target_body = _paired(target_body, self.parsing.masks, self.body)
+        return region_prior(HumanParsing(masks), body, target_body, height, width)
+
+    def carried(self, target_body: Tensor, omega: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """The source picture carried to the target poses, and how certain each pixel is: ([max(S, T), 3, H, W] in
+        [0, 1], [max(S, T), 1, H, W]). omega: region weights [7]; what is not taken is grey and uncertain. None without
+        keypoints or picture."""
+        if self.body is None or self.image is None:
+            return None
+        masks, body, image, poses = _paired(target_body, self.parsing.masks, self.body, self.image)
+        picture, certain = warp(image, HumanParsing(masks), body, poses)
+        if omega is not None:
+            prior = region_prior(HumanParsing(masks), body, poses, *image.shape[-2:])
+            weight = torch.einsum("r,brhw->bhw", omega.to(image), prior.masks)[:, None]
+            picture, certain = 0.5 + weight * (picture - 0.5), weight * certain
+        return picture, certain
+
+    def with_sites(self, sites: dict[str, Tensor]) -> SourceFeatures:
+        """The same source with other hidden states of the same grids, whose rows are not computed again."""
+        other = replace(self, sites=sites)
+        object.__setattr__(other, "_rows", self._rows)
+        return other
+
     @property
     def batch(self) -> int:
         """How many sources: B."""
@@ -93,4 +147,6 @@ class SourceFeatures:
             caa = RegionTokens(caa.tokens.to(device=device, dtype=dtype), caa.shown.to(device=device))
         body = None if self.body is None else self.body.to(device=device)
         image = None if self.image is None else self.image.to(device=device)
-        return SourceFeatures(self.family, sites, self.latent_size, self.parsing.to(device), body, caa, image)
+        context, latent = (None if x is None else x.to(device=device, dtype=dtype) for x in (self.context, self.latent))
+        parsing = self.parsing.to(device)
+        return SourceFeatures(self.family, sites, self.latent_size, parsing, body, caa, image, context, latent)

@@ -6,25 +6,31 @@ SourceNet runs once per source, whatever the number of poses, seeds and steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
-from truepose_core.guidance import combine_guidance, guidance_factors, weigh_region_tokens
+from truepose_core.guidance import combine_guidance, guidance_factors, rescale_guidance, weigh_region_tokens
+from truepose_core.models.config import SKELETON
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.processors import CrossAttention, SelfAttention, attention_sites
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
 from truepose_core.skeleton import draw_skeleton
 
+DENSEPOSE = "densepose"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""The colours that CLIP's picture encoders were trained with (arXiv 2103.00020)."""
 TILE = 64
 """Sides of pictures for a VAE model are rounded up to this, so that every UNet level has a whole grid."""
 
@@ -38,11 +44,12 @@ class TransferOutput:
 
 
 class TruePosePipeline(DiffusionPipeline):
-    """See `__call__`. `model` is a `TruePoseModel`; `scheduler` any diffusers scheduler, by default DDIM with the
-    model's own schedule and prediction type."""
+    """See `__call__`. `model` is a `TruePoseModel`; `scheduler` any diffusers scheduler, by default the model's own
+    kind with its schedule and prediction type. `image_encoder`: a transformers CLIPVisionModelWithProjection, for
+    models whose cross-attention reads the source picture."""
 
-    model_cpu_offload_seq = "source_net->pose_encoder->target_net"
-    _optional_components: ClassVar[list[str]] = ["caa", "source_net", "vae"]
+    model_cpu_offload_seq = "image_encoder->source_net->pose_encoder->target_net"
+    _optional_components: ClassVar[list[str]] = ["caa", "source_net", "vae", "pose_encoder", "image_encoder"]
     # Its projections run inside the attention of both nets, where no hook would fetch them.
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["caa"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
@@ -50,11 +57,12 @@ class TruePosePipeline(DiffusionPipeline):
     def __init__(
         self,
         target_net: torch.nn.Module,
-        pose_encoder: torch.nn.Module,
+        pose_encoder: torch.nn.Module | None,
         scheduler: Any,
         source_net: torch.nn.Module | None = None,
         caa: torch.nn.Module | None = None,
         vae: torch.nn.Module | None = None,
+        image_encoder: torch.nn.Module | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -64,11 +72,14 @@ class TruePosePipeline(DiffusionPipeline):
             source_net=source_net,
             caa=caa,
             vae=vae,
+            image_encoder=image_encoder,
         )
         self.model: TruePoseModel | None = None
 
     @classmethod
-    def from_model(cls, model: TruePoseModel, scheduler: Any | None = None) -> TruePosePipeline:
+    def from_model(
+        cls, model: TruePoseModel, scheduler: Any | None = None, image_encoder: torch.nn.Module | None = None
+    ) -> TruePosePipeline:
         """A pipeline around a model (shared, not copied)."""
         if scheduler is None:
             scheduler = default_scheduler(model)
@@ -79,6 +90,7 @@ class TruePosePipeline(DiffusionPipeline):
             model.source_net,
             model.caa,
             getattr(model.codec, "vae", None),
+            image_encoder,
         )
         pipe.model = model
         return pipe
@@ -96,6 +108,8 @@ class TruePosePipeline(DiffusionPipeline):
     def to(self, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> TruePosePipeline:
         """Move every network to a device or type, as `torch.nn.Module.to`."""
         self.model.to(*args, **kwargs)
+        if self.image_encoder is not None:
+            self.image_encoder.to(*args, **kwargs)
         return self
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
@@ -129,8 +143,11 @@ class TruePosePipeline(DiffusionPipeline):
         pooled: Tensor | None = None,
     ) -> SourceFeatures:
         """Run SourceNet once. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised
-        keypoints of the source person, or None (no skeleton prior and no body match then)."""
+        keypoints of the source person, or None (no skeleton prior and no body match then). context: text, or the
+        picture's embedding [S, 1, c], which is read with the image encoder where it is not given."""
         self._check_source(image, parsing, body)
+        if context is None and self.model.config.behaviour.context == "image":
+            context = self.encode_image(image)
         frame = self.frame((image.shape[-2], image.shape[-1]))
         device = self._execution_device
         body = None if body is None else frame.apply_keypoints(body.float()).to(device)
@@ -145,6 +162,32 @@ class TruePosePipeline(DiffusionPipeline):
         )
 
     @torch.no_grad()
+    def encode_image(self, image: Tensor) -> Tensor:
+        """The CLIP embedding of pictures [S, 3, H, W] in [0, 1], as one token each: [S, 1, c]. The whole picture is
+        stretched to the encoder's square, as AnimateAnyone does. Raises TruePoseError without an image encoder."""
+        encoder = self.image_encoder
+        if encoder is None:
+            raise TruePoseError(
+                f"a {self.model.config.family} model reads a CLIP embedding of the source picture; give the folder of "
+                "its CLIPVisionModelWithProjection (--image-encoder FOLDER)"
+            )
+        side = encoder.config.image_size
+        # On 8 bits with Pillow, so that the embedding is the original's to the last pixel.
+        bytes_ = (image * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        squares = [np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC)) for x in bytes_]
+        square = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
+        mean, std = (square.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+        device = next(encoder.parameters()).device
+        embeds = encoder(((square - mean) / std).to(device, encoder.dtype)).image_embeds[:, None]
+        width = self.model.context_width
+        if embeds.shape[-1] != width:
+            raise TruePoseError(
+                f"the image encoder gives embeddings of width {embeds.shape[-1]} and the model reads {width}; "
+                "give the encoder that the model was trained with"
+            )
+        return embeds
+
+    @torch.no_grad()
     def __call__(
         self,
         source: Tensor | SourceFeatures,
@@ -156,18 +199,22 @@ class TruePosePipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 12,
         guidance_pose: float = 1.0,
-        guidance_source: float = 1.0,
+        guidance_source: float | None = None,
         region_weights: Tensor | None = None,
         beta: float | None = None,
         gamma: float | None = None,
         strength: float = 1.0,
         target_parsing: HumanParsing | None = None,
-        pose_map: Tensor | None = None,
+        pose_map: Tensor | Mapping[str, Tensor | None] | None = None,
         seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        guidance_rescale: float | None = None,
+        canvas: Tensor | None = None,
+        mask: Tensor | None = None,
+        source_once: bool = False,
     ) -> TransferOutput:
         """Show the source person in the target poses.
 
@@ -175,11 +222,18 @@ class TruePosePipeline(DiffusionPipeline):
             earlier call. S sources serve S r target poses, r each in a row.
         target_body: [B, 18, 3] keypoints, normalised to the output picture.
         height, width: of the output in pixels; by default the source image's.
-        guidance_pose, guidance_source: scales >= 0; 1 and 1 is no guidance and one network call per step.
+        guidance_pose, guidance_source: scales >= 0; 1 and 1 is no guidance and one network call per step. None is what
+            the model was published with. guidance_rescale: phi of guidance rescaling (arXiv 2305.08891, section 3.4),
+            None for the model's own.
         region_weights: omega [7] in [0, 1]; None is all ones. strength in [0, 1]: 0 is TargetNet without a source.
         beta, gamma: region and body match, >= 0, the same for every head; None is what the model learned, or its
             configuration's value where it learned none.
-        target_parsing: of the output picture, if known. pose_map: [B, 3, height, width] instead of the drawn skeleton.
+        target_parsing: of the output picture, if known. pose_map: [B, 3, height, width] in [0, 1] instead of the drawn
+            skeleton; for models that read other maps, pictures by name (depth, normal, semantic_map, skeleton, or
+            densepose), where None leaves one out.
+        canvas, mask: for models that fill a mask: the picture [B, 3, height, width] in [0, 1] to keep outside of it,
+            and where to make the picture, [B, 1, height, width]. Without them all of it is made.
+        source_once: read the source at the middle step only, where the model reads it anew at every step.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
 
@@ -200,6 +254,11 @@ class TruePosePipeline(DiffusionPipeline):
             if source_parsing is None:
                 raise TruePoseError("a source image needs its human parsing; none was given")
             features = self.encode_source(source, source_parsing, source_body, context, pooled)
+        behaviour = model.config.behaviour
+        if guidance_source is None:
+            guidance_source = behaviour.guidance
+        if guidance_rescale is None:
+            guidance_rescale = behaviour.guidance_rescale * guidance_source
         self._check_call(features, target_body, num_inference_steps, guidance_pose, guidance_source, strength)
 
         frame = self.frame((height, width))
@@ -207,11 +266,9 @@ class TruePosePipeline(DiffusionPipeline):
         body = frame.apply_keypoints(target_body.float()).to(device)
         if target_parsing is not None:
             target_parsing = frame.apply_parsing(target_parsing).to(device)
-        if pose_map is None:
-            drawn = draw_skeleton(body, *frame.size_model)
-        else:
-            drawn = frame.apply(pose_map.float(), 0.0).to(device)
-        pose = model.encode_pose(drawn)
+        maps = self._pose_maps(pose_map, body, frame, device)
+        densepose = maps.pop(DENSEPOSE, None)
+        pose = model.encode_pose(maps) if maps else None
         patch = model.codec.patch
         shape = (
             batch,
@@ -219,14 +276,14 @@ class TruePosePipeline(DiffusionPipeline):
             frame.size_model[0] // patch,
             frame.size_model[1] // patch,
         )
+        channels, no_channels = self._channels(densepose, canvas, mask, frame, batch, device)
         latents, extra = self._noise(shape, seed, latents, device)
-        kv: dict = {}
         full = model.target_pass(
             shape[-2:],
             weigh_region_tokens(features, region_weights, strength),
             body,
             target_parsing,
-            kv=kv,
+            kv={},
             omega=None if region_weights is None else region_weights.to(device),
             beta=beta if beta is not None or model.hpfa is not None else model.config.beta,
             gamma=gamma if gamma is not None or model.hpfa is not None else model.config.gamma,
@@ -236,20 +293,37 @@ class TruePosePipeline(DiffusionPipeline):
         aligned = model.encode_aligned(features, body, region_weights) if strength > 0 else None
         if aligned is not None:
             aligned = tuple(strength * x for x in aligned)
-        calls = ((alone, None, None), (alone, pose, None), (full, pose, aligned))
+        with_context = without = context
+        if features.context is not None:
+            with_context = features.context.repeat_interleave(batch // features.context.shape[0], 0)
+            without = torch.zeros_like(with_context)
         factors = guidance_factors(guidance_pose, guidance_source)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        steps = self.scheduler.timesteps
+        middle = steps[len(steps) // 2]
         latents = latents * self.scheduler.init_noise_sigma
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for i, t in enumerate(self.scheduler.timesteps):
+        with self.progress_bar(total=len(steps)) as bar:
+            for i, t in enumerate(steps):
+                if full.source is not None and behaviour.keeps_latent and (i == 0 or not source_once):
+                    read_at = middle if source_once else t
+                    if factors[0] != 0 or factors[1] != 0:
+                        alone = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
+                    full = replace(full, source=model.source_at(features, read_at), kv={})
+                calls = (
+                    (alone, None, without, None, no_channels),
+                    (alone, pose, without, None, channels),
+                    (full, pose, with_context, aligned, channels),
+                )
                 x = self.scheduler.scale_model_input(latents, t).to(model.dtype)
                 when = t.expand(batch)
                 predictions = [
-                    model.denoise(x, when, call, p, context, pooled, a).float() if factor != 0 else None
-                    for factor, (call, p, a) in zip(factors, calls, strict=True)
+                    model.denoise(x, when, call, p, text, pooled, a, c).float() if factor != 0 else None
+                    for factor, (call, p, text, a, c) in zip(factors, calls, strict=True)
                 ]
                 prediction = combine_guidance(*predictions, guidance_pose, guidance_source)
+                if guidance_rescale > 0 and predictions[2] is not None:
+                    prediction = rescale_guidance(prediction, predictions[2], guidance_rescale)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
                 if callback_on_step_end is not None:
                     given = callback_on_step_end(self, i, int(t), {"latents": latents})
@@ -262,6 +336,68 @@ class TruePosePipeline(DiffusionPipeline):
                 f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
             )
         return TransferOutput(frame.restore(images), features)
+
+    def _pose_maps(
+        self, given: Tensor | Mapping[str, Tensor | None] | None, body: Tensor, frame: Frame, device: torch.device
+    ) -> dict[str, Tensor]:
+        """The pose pictures that the model reads, in its canvas; the skeleton is drawn where it is not given."""
+        behaviour = self.model.config.behaviour
+        names = behaviour.pose_maps + ((DENSEPOSE,) if DENSEPOSE in behaviour.channels else ())
+        if self.model.controlnet is not None:
+            names = (SKELETON,)
+        maps = {SKELETON: given} if isinstance(given, Tensor) else dict(given or {})
+        missing = [name for name in names if name not in maps and name != SKELETON]
+        unknown = [name for name in maps if name not in names]
+        if missing or unknown:
+            wrong = f"{', '.join(missing)} missing" if missing else f"{', '.join(unknown)} unknown"
+            raise TruePoseError(
+                f"this model reads the pose maps {', '.join(names) or 'none'}: {wrong}. "
+                "Give pictures by name; None leaves one out"
+            )
+        if SKELETON in names and SKELETON not in maps:
+            maps[SKELETON] = draw_skeleton(body, *frame.size_model)
+        elif maps.get(SKELETON) is not None:
+            maps[SKELETON] = frame.apply(maps[SKELETON].float(), 0.0)
+        for name in set(maps) - {SKELETON}:
+            maps[name] = None if maps[name] is None else frame.apply(maps[name].float(), 0.0)
+        found = {name: maps[name].to(device) for name in names if maps[name] is not None}
+        if names and not found:
+            raise TruePoseError(f"every pose map is left out; expected at least one of {', '.join(names)}")
+        return found
+
+    def _channels(
+        self,
+        densepose: Tensor | None,
+        canvas: Tensor | None,
+        mask: Tensor | None,
+        frame: Frame,
+        batch: int,
+        device: torch.device,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What conv_in reads beside the noisy latent, with the pose and without it, for the batch; None for nothing."""
+        if (canvas is None) != (mask is None):
+            raise TruePoseError("canvas and mask belong together: give both, or neither to make the whole picture")
+        if not self.model.config.behaviour.channels:
+            if canvas is not None:
+                raise TruePoseError("this model makes whole pictures; leave out canvas and mask")
+            return None, None
+        if canvas is None:
+            canvas = torch.full((1, 3, *frame.size_model), 0.5, device=device)
+            mask = torch.ones((1, 1, *frame.size_model), device=device)
+        else:
+            canvas = frame.apply(canvas.float(), canvas.mean((0, 2, 3)).tolist()).to(device)
+            mask = frame.apply(mask.float(), 0.0).to(device)
+        given = [x for x in (canvas, mask, densepose) if x is not None]
+        count = max(x.shape[0] for x in given)
+        if batch % count or any(x.shape[0] not in (1, count) for x in given):
+            counts = ", ".join(str(x.shape[0]) for x in given)
+            raise TruePoseError(
+                f"canvas, mask and DensePose are {counts} pictures for {batch} poses; expected 1 or {batch}"
+            )
+        canvas, mask = canvas.expand(count, -1, -1, -1), mask.expand(count, -1, -1, -1)
+        densepose = None if densepose is None else densepose.expand(count, -1, -1, -1)
+        made = [self.model.encode_channels(x, canvas, mask) for x in (densepose, None)]
+        return tuple(x.repeat_interleave(batch // count, 0) for x in made)
 
     def _noise(
         self, shape: tuple[int, ...], seed: int | Sequence[int], latents: Tensor | None, device: torch.device
@@ -329,12 +465,16 @@ class TruePosePipeline(DiffusionPipeline):
             raise TruePoseError(f"strength is {strength}; expected 0 to 1")
 
 
-def default_scheduler(model: TruePoseModel) -> DDIMScheduler:
-    """DDIM (Song et al., arXiv 2010.02502) with the model's schedule, steps spaced from the last one down."""
-    return DDIMScheduler(
-        **model.config.scheduler,
-        prediction_type=model.config.prediction_type,
-        timestep_spacing="trailing",
-        clip_sample=model.config.codec == "pixels",
-        set_alpha_to_one=True,
-    )
+def default_scheduler(model: TruePoseModel) -> DDIMScheduler | DDPMScheduler:
+    """The model's kind of sampler with its schedule: DDIM (Song et al., arXiv 2010.02502), or DDPM (arXiv 2006.11239).
+    Where the model does not say otherwise, steps are spaced from the last one down."""
+    config = model.config
+    settings = {
+        "prediction_type": config.prediction_type,
+        "timestep_spacing": "trailing",
+        "clip_sample": config.codec == "pixels",
+        **config.scheduler,
+    }
+    if config.behaviour.sampler == "ddpm":
+        return DDPMScheduler(**settings)
+    return DDIMScheduler(**{"set_alpha_to_one": True, **settings})

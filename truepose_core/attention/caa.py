@@ -136,6 +136,23 @@ class PerceiverLayer(nn.Module):
         return latents + self.down(gelu(self.up(self.norm(latents))))
 
 
+def region_bias(rows: Tensor, per_region: int, leak: float = 0.0) -> Tensor:
+    """Bias [B, R n, P + R n] of a resampler's logits: log(leak + R(j, r)) between a query of region r and patch j, and
+    queries see each other within their own region only, so one region's tokens say nothing of another's.
+
+    rows: [B, P, R]; n = per_region.
+    """
+    bias = (rows + leak).log().clamp(min=SHUT).mT.repeat_interleave(per_region, 1)
+    region = torch.arange(rows.shape[2], device=rows.device).repeat_interleave(per_region)
+    own_queries = torch.where(region[:, None] == region[None], 0.0, SHUT).to(bias)
+    return torch.cat([bias, own_queries.expand(rows.shape[0], -1, -1)], -1)
+
+
+def shown_regions(rows: Tensor) -> Tensor:
+    """Which regions a picture shows, [B, 7] bool: those with more than a fiftieth of an even share of the patches."""
+    return rows.sum(1) > 0.02 * rows.shape[1] / REGIONS
+
+
 class RegionResampler(nn.Module):
     """Patch tokens [B, P, c_in] and their region rows [B, P, 7] -> RegionTokens [B, 7 n, c_out].
 
@@ -162,18 +179,13 @@ class RegionResampler(nn.Module):
         self.norm_out = nn.LayerNorm(dim_out)
 
     def forward(self, patches: Tensor, rows: Tensor) -> RegionTokens:
-        b, count, n = patches.shape[0], patches.shape[1], self.per_region
         own = torch.cat([torch.ones_like(rows[..., :1]), rows[..., 1:]], -1)
-        bias = (own + self.leak).log().mT.repeat_interleave(n, 1)
-        # Queries see each other within their own region only, so one region's tokens say nothing of another's.
-        region = torch.arange(REGIONS, device=rows.device).repeat_interleave(n)
-        own_queries = torch.where(region[:, None] == region[None], 0.0, SHUT).to(bias)
-        bias = torch.cat([bias, own_queries.expand(b, -1, -1)], -1)
+        bias = region_bias(own, self.per_region, self.leak)
         x = self.proj_in(patches)
-        latents = self.latents.expand(b, -1, -1)
+        latents = self.latents.expand(patches.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(x, latents, bias)
         tokens = self.norm_out(self.proj_out(latents))
-        shown = rows.sum(1) > 0.02 * count / REGIONS
-        shown = torch.cat([torch.ones_like(shown[:, :1]), shown[:, 1:]], 1).repeat_interleave(n, 1)
+        shown = shown_regions(rows)
+        shown = torch.cat([torch.ones_like(shown[:, :1]), shown[:, 1:]], 1).repeat_interleave(self.per_region, 1)
         return RegionTokens(tokens * shown[..., None].to(tokens), shown)

@@ -10,11 +10,20 @@ import sys
 from collections.abc import Sequence
 
 from truepose_core import __version__
-from truepose_core.cli import benchmark, demo, evaluate, train, transfer
+from truepose_core.cli import benchmark, convert, demo, evaluate, inspect, models, train, transfer
 from truepose_core.cli.console import Console, Parser
 from truepose_core.errors import TruePoseError
 
-COMMANDS = {"demo": demo, "transfer": transfer, "train": train, "eval": evaluate, "benchmark": benchmark}
+COMMANDS = {
+    "demo": demo,
+    "transfer": transfer,
+    "convert": convert,
+    "inspect": inspect,
+    "models": models,
+    "train": train,
+    "eval": evaluate,
+    "benchmark": benchmark,
+}
 
 EPILOG = """\
 start here:

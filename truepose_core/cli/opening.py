@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from truepose_core.models.model import TruePoseModel
     from truepose_core.pipeline import TruePosePipeline
 
 MANNEQUINS_ONLY = (
@@ -78,7 +79,14 @@ def add_folder_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--vae",
         metavar="FOLDER",
-        help="for a model file that truepose train made from a Stable Diffusion folder: that folder, for its VAE",
+        help="for a model file without a VAE of its own (trained by truepose train, AnimateAnyone, champ): a folder "
+        "in diffusers format that has it",
+    )
+    parser.add_argument(
+        "--image-encoder",
+        metavar="FOLDER",
+        help="for a model that reads a CLIP embedding of the source (AnimateAnyone, champ): a folder with its "
+        "CLIPVisionModelWithProjection in transformers format",
     )
 
 
@@ -90,8 +98,10 @@ def open_model(
     prompt: str | None = None,
     controlnet: str | None = None,
     vae: str | None = None,
+    image_encoder: str | None = None,
 ) -> Opened:
     """Load a model and put it on its device. prompt, controlnet: for a folder. vae: for a file trained on latents.
+    image_encoder: for a file whose cross-attention reads the source picture.
 
     Raises TruePoseError for a missing or damaged model, a device this machine lacks, or a prompt nobody reads.
     """
@@ -106,6 +116,8 @@ def open_model(
             raise TruePoseError(f"{option} is for Stable Diffusion folders, and --model {name} is none; leave it out")
     if vae is not None and folder:
         raise TruePoseError(f"--vae is for model files, and --model {name} is a folder with its own; leave it out")
+    if image_encoder is not None and folder:
+        raise TruePoseError(f"--image-encoder is for model files, and --model {name} is a folder; leave it out")
     dtype = choose_dtype(dtype_name, device, large=folder)
     scheduler = context = pooled = None
     if folder:
@@ -115,9 +127,27 @@ def open_model(
         model, scheduler, context, pooled = loaded.model, loaded.scheduler, loaded.context, loaded.pooled
     else:
         model = load_model(name, vae=vae)
-    pipe = TruePosePipeline.from_model(model, scheduler).to(device=device, dtype=dtype)
+    pipe = TruePosePipeline.from_model(model, scheduler, _image_encoder(model, image_encoder))
+    pipe.to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return Opened(name, pipe, device, dtype, time.perf_counter() - started, context, pooled)
+
+
+def _image_encoder(model: TruePoseModel, folder: str | None) -> Any:
+    """The encoder that the model wants. Raises TruePoseError when it is not given, or nobody would read it."""
+    wanted = model.config.behaviour.context == "image"
+    if wanted and folder is None:
+        raise TruePoseError(
+            f"a {model.config.family} model reads a CLIP embedding of the source; name the folder of its image encoder "
+            "(--image-encoder FOLDER)"
+        )
+    if not wanted and folder is not None:
+        raise TruePoseError(f"a {model.config.family} model reads no picture embedding; leave out --image-encoder")
+    if folder is None:
+        return None
+    from truepose_core.models.folder import load_image_encoder
+
+    return load_image_encoder(folder)
 
 
 def progress(bar: Any, pictures: int = 1) -> Callable[..., dict]:

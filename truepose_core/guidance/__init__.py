@@ -27,6 +27,13 @@ def guidance_factors(w_pose: float, w_source: float) -> tuple[float, float, floa
     return 1 - w_pose, w_pose - w_source, w_source
 
 
+def rescale_guidance(guided: Tensor, full: Tensor, phi: float) -> Tensor:
+    """Guidance rescaling (arXiv 2305.08891, section 3.4): phi of the way towards the spread of the prediction that sees
+    all. guided, full: [B, C, h, w]; phi >= 0 (Leffa goes beyond 1)."""
+    spread, wanted = (x.flatten(1).std(1)[:, None, None, None] for x in (guided, full))
+    return guided * (phi * wanted / spread + 1 - phi)
+
+
 def weigh_region_tokens(features: SourceFeatures, omega: Tensor | None, strength: float) -> SourceFeatures:
     """The source with CAA's region tokens scaled by the region weights omega [7] and by strength, both in [0, 1].
 

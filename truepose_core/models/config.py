@@ -10,6 +10,9 @@ from truepose_core.errors import TruePoseError
 
 FUSIONS = ("none", "concat", "hpfa")
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
+SKELETON = "skeleton"
+CHANNELS = {"mask": 1, "masked latent": 4, "densepose": 3}
+"""What conv_in can read beside the noisy latent, and how many channels each is."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,67 @@ class CAAConfig:
 
 
 @dataclass(frozen=True)
+class Behaviour:
+    """How the nets want to be run, where systems of this kind differ. The defaults are this package's own models.
+
+    source_timestep: SourceNet reads the clean source once, at timestep "zero", or anew at every "step"'s timestep.
+    context: what cross-attention reads, "text" or "image": one CLIP embedding of the source picture; cross_attention
+    "pass": it reads nothing and hands its input on, so that a block adds norm2(h) there (Leffa); else "context".
+    unconditional: what a row without the source reads. "drop": no source tokens, and zeros for an image context;
+    "zero latent": the tokens that SourceNet gives for a latent of zeros.
+    channels: what TargetNet's conv_in reads behind the noisy latent, in this order (see `CHANNELS`).
+    densepose: how its channels 0..255 are scaled to -1..1: "127.5" (x / 127.5 - 1, every channel) or "24" (the third,
+    the part's number, is x / 12 - 1).
+    pose_maps: pictures that tell the pose, in [0, 1]; each has its pose encoder, and their sum is added after conv_in.
+    pose_attention: an encoder ends with one transformer block (champ).
+    source_head: SourceNet's file has its output layers, which are never read.
+    sampler: "ddim" or "ddpm". guidance: the scale the system was published with; guidance_rescale: its share that is
+    the phi of guidance rescaling (arXiv 2305.08891, section 3.4; Leffa's phi is the scale itself, so 1).
+    """
+
+    source_timestep: str = "zero"
+    context: str = "text"
+    unconditional: str = "drop"
+    cross_attention: str = "context"
+    channels: tuple[str, ...] = ()
+    densepose: str = "127.5"
+    pose_maps: tuple[str, ...] = (SKELETON,)
+    pose_attention: bool = False
+    source_head: bool = True
+    sampler: str = "ddim"
+    guidance: float = 1.0
+    guidance_rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in _BEHAVIOURS.items():
+            if getattr(self, name) not in known:
+                raise TruePoseError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        strange = sorted(set(self.channels) - set(CHANNELS))
+        if strange:
+            raise TruePoseError(f"unknown channels {', '.join(strange)}; expected some of {', '.join(CHANNELS)}")
+
+    @property
+    def extra_channels(self) -> int:
+        """How many channels conv_in reads beside the noisy latent's."""
+        return sum(CHANNELS[name] for name in self.channels)
+
+    @property
+    def keeps_latent(self) -> bool:
+        """Whether SourceNet runs during sampling, from the source's latent."""
+        return self.source_timestep == "step" or self.unconditional == "zero latent"
+
+
+_BEHAVIOURS = {
+    "source_timestep": ("zero", "step"),
+    "context": ("text", "image"),
+    "unconditional": ("drop", "zero latent"),
+    "cross_attention": ("context", "pass"),
+    "densepose": ("127.5", "24"),
+    "sampler": ("ddim", "ddpm"),
+}
+
+
+@dataclass(frozen=True)
 class TruePoseConfig:
     """family: who can use whose SourceFeatures. unet: keyword arguments of diffusers' UNet2DConditionModel.
 
@@ -36,7 +100,9 @@ class TruePoseConfig:
     (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
     training; 0 is plain concatenation. aligned (x0 prediction only): TargetNet also sees the source carried along the
     skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training
-    images, in pixels. Raises TruePoseError for a choice that does not exist.
+    images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword arguments of diffusers' AutoencoderKL
+    where the file brings its own VAE. behaviour: how the nets are run. Raises TruePoseError for a choice that does not
+    exist.
     """
 
     family: str
@@ -52,6 +118,8 @@ class TruePoseConfig:
     beta: float = 0.0
     gamma: float = 0.0
     aligned: bool = False
+    vae: dict[str, Any] | None = None
+    behaviour: Behaviour = Behaviour()
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
@@ -65,6 +133,11 @@ class TruePoseConfig:
                 f"aligned predicts what to change in a picture, which prediction type {self.prediction_type!r} is not; "
                 "expected 'sample'"
             )
+
+    @property
+    def source_unet(self) -> dict[str, Any]:
+        """SourceNet's keyword arguments: it reads a clean latent alone."""
+        return {**self.unet, "in_channels": self.unet["in_channels"] - self.behaviour.extra_channels}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -82,6 +155,10 @@ class TruePoseConfig:
             caa = raw.get("caa")
             if caa is not None:
                 raw["caa"] = CAAConfig(**{**caa, "image_size": tuple(caa["image_size"])})
+            behaviour = raw.get("behaviour")
+            if behaviour is not None:
+                lists = {name: tuple(behaviour[name]) for name in ("channels", "pose_maps") if name in behaviour}
+                raw["behaviour"] = Behaviour(**{**behaviour, **lists})
             raw["pose_widths"] = tuple(raw["pose_widths"])
             raw["size"] = tuple(raw["size"])
             return cls(**raw)

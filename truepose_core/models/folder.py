@@ -70,10 +70,22 @@ def load_folder(
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> VAECodec:
-    """The VAE of a folder in diffusers format. Raises as `load_folder`."""
+    """The VAE of a folder in diffusers format, or a folder that is only a VAE. Raises as `load_folder`."""
     from diffusers import AutoencoderKL
 
-    return VAECodec(_load(AutoencoderKL, Path(path) / "vae", dtype))
+    path = Path(path)
+    inside = path / "vae"
+    alone = not inside.is_dir() and (path / "config.json").is_file()
+    return VAECodec(_load(AutoencoderKL, path if alone else inside, dtype))
+
+
+def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A folder of transformers' CLIPVisionModelWithProjection, ready for inference. Raises as `load_folder`."""
+    from transformers import CLIPVisionModelWithProjection
+
+    # Published as pytorch_model.bin, which transformers opens as weights only.
+    encoder = _load(CLIPVisionModelWithProjection, Path(path), dtype, use_safetensors=None)
+    return encoder.eval().requires_grad_(False)
 
 
 def _config(unet: Any, codec: VAECodec, scheduler: Any) -> TruePoseConfig:
@@ -110,12 +122,16 @@ def trainable_from_folder(path: str | Path, fusion: str, size: tuple[int, int]) 
     return TruePoseModel(config, source_net=source_net, target_net=target_net, codec=codec)
 
 
-def _load(kind: type, path: Path, dtype: torch.dtype) -> Any:
+def _load(kind: type, path: Path, dtype: torch.dtype, use_safetensors: bool | None = True) -> Any:
     if not (path / "config.json").is_file():
         raise TruePoseError(f"{path} has no config.json; expected a {kind.__name__} folder in diffusers format")
     try:
         module, report = kind.from_pretrained(
-            str(path), torch_dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+            str(path),
+            torch_dtype=dtype,
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise TruePoseError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error

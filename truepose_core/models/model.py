@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior, warp
+from truepose_core.alignment.skeleton_prior import body_coordinates
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
-from truepose_core.models.codec import PixelCodec
-from truepose_core.models.config import CAAConfig, TruePoseConfig
+from truepose_core.models.codec import PixelCodec, VAECodec
+from truepose_core.models.config import SKELETON, Behaviour, CAAConfig, TruePoseConfig
+from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
 from truepose_core.models.processors import (
     HPFASite,
+    PassOn,
     SourcePass,
     TargetPass,
     attention_sites,
@@ -100,6 +102,19 @@ class CAA(RegionReader):
         self.source_sites, self.target_sites = sites(source_net), sites(target_net)
 
 
+def nearest(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, H, W] at another size, each cell the pixel at its corner: labels must not mix."""
+    return nn.functional.interpolate(picture, tuple(size), mode="nearest")
+
+
+def scale_densepose(picture: Tensor, scaling: str) -> Tensor:
+    """A DensePose picture [B, 3, h, w] in [0, 1] as conv_in reads it; scaling as in `Behaviour`."""
+    if scaling == "127.5":
+        return 2 * picture - 1
+    # The third channel is the part's number 0..24, not a shade.
+    return 2 * picture * picture.new_tensor([1.0, 1.0, 255 / 24])[:, None, None] - 1
+
+
 class AlignedEncoder(nn.Module):
     """Reads the source's latent carried to the target pose [B, C, h, w] and how certain each cell is [B, 1, h, w].
 
@@ -138,20 +153,30 @@ class TruePoseModel(nn.Module):
     ):
         super().__init__()
         from diffusers import UNet2DConditionModel
-        from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 
         self.config = config
+        behaviour = config.behaviour
         self.target_net = UNet2DConditionModel(**config.unet) if target_net is None else target_net
         self.source_net: nn.Module | None = None
         if config.fusion != "none" or config.caa is not None:
-            self.source_net = UNet2DConditionModel(**config.unet) if source_net is None else source_net
+            self.source_net = UNet2DConditionModel(**config.source_unet) if source_net is None else source_net
+        if self.source_net is not None and not behaviour.source_head:
+            self.source_net.conv_norm_out, self.source_net.conv_out = None, nn.Identity()
+        if behaviour.cross_attention == "pass":
+            for net in filter(None, (self.target_net, self.source_net)):
+                for block in attention_sites(net).values():
+                    block.attn2 = PassOn()
+        if codec is None and config.vae is not None:
+            from diffusers import AutoencoderKL
+
+            codec = VAECodec(AutoencoderKL(**config.vae))
         if codec is None:
             if config.codec != "pixels":
                 raise TruePoseError(f"a model with codec {config.codec!r} needs its VAE; none was given")
             codec = PixelCodec(config.patch)
         self.codec = codec
-        self.pose_encoder = ControlNetConditioningEmbedding(
-            self.target_net.config.block_out_channels[0], 3, config.pose_widths
+        self.pose_encoder = make_pose_encoder(
+            self.target_net.config.block_out_channels[0], config.pose_widths, behaviour
         )
         self.aligned_encoder: AlignedEncoder | None = None
         if config.aligned:
@@ -208,23 +233,63 @@ class TruePoseModel(nn.Module):
         context: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> SourceFeatures:
-        """One pass of SourceNet over the clean source, at timestep 0. image [B, 3, H, W] in [0, 1], parsing of the same
-        size, body [B, 18, 3] normalised keypoints or None. context, pooled: text, where the model reads text."""
+        """What SourceNet knows of the clean source, after one pass at timestep 0. image [B, 3, H, W] in [0, 1], parsing
+        of the same size, body [B, 18, 3] normalised keypoints or None. context, pooled: what the model reads beside the
+        picture, [B or 1, T, c] text, or [B, 1, c] where that is an embedding of the picture.
+
+        A model that reads the source at the sampler's timestep gets it later: see `source_at`.
+        """
+        behaviour = self.config.behaviour
         latent = self.codec.encode(image).to(self.dtype)
-        size = (latent.shape[-2], latent.shape[-1])
         caa = self.caa(image.to(self.dtype), parsing) if self.caa is not None else None
-        call = SourcePass(size, caa)
-        if self.config.fusion != "none":
-            batch = image.shape[0]
-            self.source_net(
-                latent,
-                torch.zeros(batch, dtype=torch.long, device=latent.device),
-                self._context(context, latent),
-                cross_attention_kwargs={"truepose": call},
-                added_cond_kwargs=self._extra_conditions(latent, (image.shape[-2], image.shape[-1]), pooled),
-            )
-        kept = image if self.config.aligned else None
-        return SourceFeatures(self.config.family, call.sites, size, parsing, body, caa, kept)
+        features = SourceFeatures(
+            self.config.family,
+            {},
+            (latent.shape[-2], latent.shape[-1]),
+            parsing,
+            body,
+            caa,
+            image if self.config.aligned else None,
+            self._context(context, latent) if behaviour.context == "image" else None,
+            latent if behaviour.keeps_latent else None,
+        )
+        if self.config.fusion == "none" or behaviour.source_timestep == "step":
+            return features
+        size = (image.shape[-2], image.shape[-1])
+        return features.with_sites(self._read(latent, 0, features.latent_size, caa, context, pooled, size))
+
+    def _read(
+        self,
+        latent: Tensor,
+        timestep: int | Tensor,
+        latent_size: tuple[int, int],
+        caa: RegionTokens | None,
+        context: Tensor | None,
+        pooled: Tensor | None,
+        size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """SourceNet's tokens, site -> [B, M, C]. size: (height, width) of the picture."""
+        call = SourcePass(latent_size, caa)
+        when = torch.as_tensor(timestep, device=latent.device).long().expand(latent.shape[0])
+        self.source_net(
+            latent,
+            when,
+            self._context(context, latent),
+            cross_attention_kwargs={"truepose": call},
+            added_cond_kwargs=self._extra_conditions(latent, size, pooled),
+        )
+        return call.sites
+
+    def source_at(self, source: SourceFeatures, timestep: int | Tensor, *, nothing: bool = False) -> SourceFeatures:
+        """The source as SourceNet reads it at a timestep, for a model that wants it so (`Behaviour.keeps_latent`).
+        nothing: a latent of zeros in its place, which is what the unconditional row of such a model reads."""
+        if source.latent is None:
+            raise TruePoseError("these SourceFeatures hold no latent to read anew; encode the source with this model")
+        latent = torch.zeros_like(source.latent) if nothing else source.latent
+        size = tuple(side * self.codec.patch for side in source.latent_size)
+        when = timestep if self.config.behaviour.source_timestep == "step" else 0
+        sites = self._read(latent.to(self.dtype), when, source.latent_size, source.caa, source.context, None, size)
+        return source.with_sites(sites)
 
     def target_pass(
         self,
@@ -260,11 +325,8 @@ class TruePoseModel(nn.Module):
         aspect = latent_size[1] / latent_size[0]
         with torch.no_grad():
             parsing = target_parsing
-            if parsing is None and target_body is not None and source.body is not None:
-                times = target_body.shape[0] // source.parsing.batch
-                masks = source.parsing.masks.repeat_interleave(times, 0)
-                source_body = source.body.repeat_interleave(target_body.shape[0] // source.body.shape[0], 0)
-                parsing = region_prior(HumanParsing(masks), source_body, target_body, *latent_size)
+            if parsing is None and target_body is not None:
+                parsing = source.prior(target_body, *latent_size)
             for n, (h, w) in counts.items():
                 if parsing is not None:
                     prior[n] = parsing.tokens(h, w)
@@ -292,12 +354,35 @@ class TruePoseModel(nn.Module):
             alignments=alignments,
         )
 
-    def encode_pose(self, pose_map: Tensor) -> Tensor:
-        """Skeleton picture [B, 3, H, W] in [0, 1] -> what `denoise` takes as pose: the embedding that is added after
-        TargetNet's conv_in or, where a ControlNet carries the pose, the picture itself."""
+    def encode_pose(self, pose_map: Tensor | Mapping[str, Tensor]) -> Tensor | None:
+        """Pose pictures [B, 3, H, W] in [0, 1], by name or the skeleton alone -> what `denoise` takes as pose: the
+        embedding that is added after TargetNet's conv_in or, where a ControlNet carries the pose, the skeleton itself.
+        None for a model that has no pose encoder. Raises TruePoseError for a map that the model does not read."""
+        maps = pose_map if isinstance(pose_map, Mapping) else {SKELETON: pose_map}
         if self.controlnet is not None:
-            return pose_map.to(self.dtype)
-        return self.pose_encoder(pose_map.to(self.dtype))
+            return maps[SKELETON].to(self.dtype)
+        if self.pose_encoder is None:
+            return None
+        return encode_maps(self.pose_encoder, {name: x.to(self.dtype) for name, x in maps.items()})
+
+    def encode_channels(self, densepose: Tensor | None, canvas: Tensor, mask: Tensor) -> Tensor | None:
+        """What conv_in reads beside the noisy latent, [B, C', h, w]; None where it reads nothing else.
+
+        densepose: picture [B, 3, H, W] in [0, 1] (its channels 0..255 over 255), None for nobody. canvas: the picture
+        to keep outside the mask, [B, 3, H, W] in [0, 1]; mask: [B, 1, H, W], 1 where the picture is to be made.
+        """
+        behaviour = self.config.behaviour
+        if not behaviour.channels:
+            return None
+        # Zero where the mask is, on the scale -1..1 that the VAE reads.
+        kept = torch.where(mask < 0.5, canvas, 0.5)
+        latent = self.codec.encode(kept)
+        size = latent.shape[-2:]
+        made = {"mask": (nearest(mask, size) >= 0.5).to(latent), "masked latent": latent}
+        if "densepose" in behaviour.channels:
+            picture = torch.zeros_like(canvas) if densepose is None else densepose
+            made["densepose"] = scale_densepose(nearest(picture, size), behaviour.densepose)
+        return torch.cat([made[name].to(self.dtype) for name in behaviour.channels], 1)
 
     def encode_aligned(
         self, source: SourceFeatures, target_body: Tensor, omega: Tensor | None = None
@@ -307,20 +392,14 @@ class TruePoseModel(nn.Module):
         None for a model without alignment, a source without keypoints, or when the region weights omega [7] leave
         nothing. target_body: [B, 18, 3] on the target image, which has the source image's size.
         """
-        if self.aligned_encoder is None or source.image is None or source.body is None:
+        if self.aligned_encoder is None or (omega is not None and bool((omega == 0).all())):
             return None
-        if omega is not None and bool((omega == 0).all()):
-            return None
-        times = target_body.shape[0] // source.image.shape[0]
-        image, masks, body = (x.repeat_interleave(times, 0) for x in (source.image, source.parsing.masks, source.body))
         with torch.no_grad():
-            carried, certain = warp(image, HumanParsing(masks), body, target_body)
-            if omega is not None:
-                prior = region_prior(HumanParsing(masks), body, target_body, *image.shape[-2:])
-                weight = torch.einsum("r,brhw->bhw", omega.to(image), prior.masks)[:, None]
-                carried, certain = 0.5 + weight * (carried - 0.5), weight * certain
-            latent = self.codec.encode(carried).to(self.dtype)
-            certain = nn.functional.adaptive_avg_pool2d(certain, latent.shape[-2:]).to(self.dtype)
+            made = source.carried(target_body, omega)
+            if made is None:
+                return None
+            latent = self.codec.encode(made[0]).to(self.dtype)
+            certain = nn.functional.adaptive_avg_pool2d(made[1], latent.shape[-2:]).to(self.dtype)
         return self.aligned_encoder(latent, certain)
 
     def denoise(
@@ -332,9 +411,10 @@ class TruePoseModel(nn.Module):
         context: Tensor | None = None,
         pooled: Tensor | None = None,
         aligned: tuple[Tensor, Tensor] | None = None,
+        channels: Tensor | None = None,
     ) -> Tensor:
         """TargetNet's prediction for noisy latents [B, C, h, w] at timesteps [B]. pose: from `encode_pose`, or None;
-        aligned: from `encode_aligned`, or None."""
+        aligned: from `encode_aligned`, or None; channels: from `encode_channels`."""
         size = (latent.shape[-2] * self.codec.patch, latent.shape[-1] * self.codec.patch)
         text, extra = self._context(context, latent), self._extra_conditions(latent, size, pooled)
         residuals: dict[str, Any] = {}
@@ -346,7 +426,7 @@ class TruePoseModel(nn.Module):
             pose = aligned[0] if pose is None else pose + aligned[0]
         with _pose_added(pose):
             prediction = self.target_net(
-                latent,
+                latent if channels is None else torch.cat([latent, channels], 1),
                 timestep,
                 text,
                 cross_attention_kwargs={"truepose": call},
@@ -368,7 +448,10 @@ class TruePoseModel(nn.Module):
         keep_pose: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One training pass: (prediction [B, C, h, w], alignments per site). S sources serve B = S r targets, r
-        each in a row. keep_source, keep_pose: [B] bool, False where the condition is dropped."""
+        each in a row. keep_source, keep_pose: [B] bool, False where the condition is dropped. Raises TruePoseError for
+        a model whose behaviour is another system's."""
+        if self.config.behaviour != Behaviour():
+            raise TruePoseError(f"a {self.config.family} model is for use as it is; train one of this package's own")
         source = None
         if self.source_net is not None:
             source = self.encode_source(source_image, source_parsing, source_body)

@@ -21,7 +21,6 @@ from truepose_core.attention.hpfa import (
     gather_tokens,
     kept_tokens,
     match_channels,
-    region_rows_weight,
 )
 from truepose_core.features import SourceFeatures, grid_of
 
@@ -136,8 +135,9 @@ class SelfAttention:
         source = call.source
         x, rows, body = source.sites[self.site], source.regions(self.site), source.coordinates(self.site)
         log_w = None
-        if call.omega is not None and bool((call.omega != 1).any()):
-            kept = kept_tokens(region_rows_weight(rows, call.omega))
+        weights = source.token_weights(self.site, call.omega)
+        if weights is not None:
+            kept = kept_tokens(weights)
             if kept is None:
                 return None
             index, log_w = kept
@@ -235,6 +235,13 @@ class CrossAttention:
         return attn.to_out[1](attn.to_out[0](_merge(out)))
 
 
+class PassOn(nn.Module):
+    """In attn2's place: hands its input on, so that the block adds norm2(h) (Leffa)."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states
+
+
 def attention_sites(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     """Name -> transformer block of every block with self-attention, in the order of the forward pass."""
     from diffusers.models.attention import BasicTransformerBlock
@@ -260,7 +267,8 @@ def install(
         h = hpfa[key] if hpfa is not None else None
         c = caa[key] if caa is not None else None
         block.attn1.set_processor(SelfAttention(site, h, c, block.attn2))
-        block.attn2.set_processor(CrossAttention(site, c))
+        if not isinstance(block.attn2, PassOn):
+            block.attn2.set_processor(CrossAttention(site, c))
 
 
 def token_counts(unet: UNet2DConditionModel, latent_size: tuple[int, int]) -> dict[int, tuple[int, int]]:

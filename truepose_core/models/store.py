@@ -48,8 +48,8 @@ def save_model(
     overwrite: bool = False,
 ) -> Path:
     """Write the model to one safetensors file, atomically. training: what the metadata tells about data, steps,
-    seed and hardware (JSON values). dtype: store the weights in this type. Only models without a VAE are
-    self-contained; a VAE is not written."""
+    seed and hardware (JSON values). dtype: store the weights in this type. A VAE is written where the configuration
+    has one of its own (`TruePoseConfig.vae`)."""
     from safetensors.torch import save
 
     from truepose_core.images import atomic_write
@@ -57,7 +57,7 @@ def save_model(
     tensors = {
         name: x.detach().cpu().to(dtype or x.dtype).contiguous().clone()
         for name, x in model.state_dict().items()
-        if not name.startswith("codec.")
+        if model.config.vae is not None or not name.startswith("codec.")
     }
     metadata = {
         "format": "pt",
@@ -114,7 +114,9 @@ def load_model(path: str | Path = BUNDLED, *, verify: bool = False, vae: str | P
         raise TruePoseError(f"{path} does not say its configuration in its metadata; get or make it again")
     config = TruePoseConfig.from_json(metadata["config"])
     codec = None
-    if config.codec == "vae":
+    if config.vae is not None and vae is not None:
+        raise TruePoseError(f"{path} brings its own VAE; leave out --vae {vae}")
+    if config.codec == "vae" and config.vae is None:
         from truepose_core.models.folder import load_vae
 
         if vae is None:
@@ -123,7 +125,7 @@ def load_model(path: str | Path = BUNDLED, *, verify: bool = False, vae: str | P
             )
         codec = load_vae(vae)
     model = TruePoseModel(config, codec=codec)
-    load_strict(model, tensors, str(path), ignore=("codec.",))
+    load_strict(model, tensors, str(path), ignore=() if config.vae is not None else ("codec.",))
     return model.eval()
 
 
