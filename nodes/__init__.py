@@ -31,7 +31,21 @@ _find_core()
 
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
-from . import attention, caa, cfld, framing, human_parsing, mannequin, model, parsing, pose, pose_tools, sampler, source  # noqa: E402
+from . import (  # noqa: E402
+    attention,
+    caa,
+    cfld,
+    combine,
+    framing,
+    human_parsing,
+    mannequin,
+    model,
+    parsing,
+    pose,
+    pose_tools,
+    sampler,
+    source,
+)
 
 
 class TruePoseExtension(ComfyExtension):
@@ -51,6 +65,7 @@ class TruePoseExtension(ComfyExtension):
             mannequin,
             attention,
             framing,
+            combine,
         )
         nodes = [node for module in modules for node in module.NODES]
         for node in nodes:

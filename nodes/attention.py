@@ -11,7 +11,7 @@ from truepose_core.attention.view import figure
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 
-from . import host_view
+from . import host, host_view
 from .schema import known, schema, to_core, to_host
 
 WITH, WITHOUT = "with HPFA", "without HPFA"
@@ -121,6 +121,11 @@ class AttentionView(io.ComfyNode):
                 f"source_number is {source_number} and the model reads {len(applied)}; expected 1 to {len(applied)}"
             )
         chosen = applied[source_number - 1]
+        if isinstance(chosen.source, host.CombinedHostFeatures):
+            raise TruePoseError(
+                "the model reads a combined source, whose tokens lie in several pictures; Attention View draws on one. "
+                "Connect one source, or apply each person with an Apply HPFA of its own"
+            )
         target, batch = chosen.target, chosen.source.batch
         seen = {
             name: host_view.look(who, positive, latent, source_number - 1, percent, seed, target)

@@ -1,6 +1,7 @@
 """ComfyUI's inside, first part: reading a source with a MODEL, and patching a MODEL with HPFA.
 
-(host_model.py makes MODELs of TruePose files, host_guider.py samples. No other file knows the host's inside.)
+(host_caa.py has CAA's part of a block, host_model.py makes MODELs of TruePose files, host_guider.py samples. Only the
+files named host*.py know the host's inside.)
 
 Reading (`read_source`): one UNet pass over the clean source latent at timestep 0, through the host's own sampling
 path, so that loading, offload, latent scaling, data types and LoRA are the host's.
@@ -37,8 +38,8 @@ from truepose_core.attention.hpfa import (
     gather_tokens,
     kept_tokens,
     match_channels,
-    region_rows_weight,
 )
+from truepose_core.combine import CombinedFeatures
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.parsing import HumanParsing
@@ -100,6 +101,14 @@ class HostFeatures(SourceFeatures):
         more = [self.parsing.masks, self.image, None if self.caa is None else self.caa.tokens]
         own = self.nbytes + sum(x.numel() * x.element_size() for x in more if x is not None)
         return own if self.nothing is None else own + self.nothing.nbytes
+
+
+class CombinedHostFeatures(CombinedFeatures, HostFeatures):
+    """Several sources in one, as `combine_sources` makes them of HostFeatures."""
+
+    def get_ram_usage(self) -> int:
+        """Bytes: the joined tokens, and the parts', which other nodes may hold too."""
+        return self.nbytes + sum(part.get_ram_usage() for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,19 +353,19 @@ class AppliedSource:
     def __post_init__(self) -> None:
         weights = torch.tensor(self.omega)
         kept: dict[str, tuple[Tensor, Tensor] | None] = {}
-        by_grid: dict[tuple[int, int], tuple[Tensor, Tensor] | None] = {}
+        by_count: dict[int, tuple[Tensor, Tensor] | None] = {}
         for site in self.source.sites:
             if site.split(".")[0] not in _PARTS[self.blocks] or self.strength == 0:
                 continue
-            if bool((weights == 1).all()):
+            wanted = self.source.token_weights(site, weights)
+            if wanted is None:
                 kept[site] = None
                 continue
-            grid = self.source.grid(site)
-            if grid not in by_grid:
-                rows = self.source.regions(site)
-                by_grid[grid] = kept_tokens(region_rows_weight(rows, weights))
-            if by_grid[grid] is not None:
-                kept[site] = by_grid[grid]
+            count = wanted.shape[1]
+            if count not in by_count:
+                by_count[count] = kept_tokens(wanted)
+            if by_count[count] is not None:
+                kept[site] = by_count[count]
         object.__setattr__(self, "kept", kept)
 
     def __deepcopy__(self, memo: dict) -> AppliedSource:

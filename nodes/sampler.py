@@ -224,6 +224,8 @@ class HPFASampler(io.ComfyNode):
             raise TruePoseError(
                 "connect latent and positive: only models of Load TruePose Model know their size and need no prompt"
             )
+        if adapter is not None:
+            adapter.check_conditioning(positive)
         body: Tensor | None = None
         if adapter is not None and target_pose is not None:
             body = bodies(target_pose, "the target pose", adapter)

@@ -391,7 +391,7 @@ def applied_source(
     wants_regions = more.get("beta", 0) > 0 or adapter is not None
     if not given and body is not None and source.body is not None and wants_regions:
         # A TruePose model has learned with the parsing carried at its latent's size.
-        parsing = carried_parsing(source.parsing, source.body, body, None if adapter is None else source.latent_size)
+        parsing = source.prior(body, *(source.parsing.size if adapter is None else source.latent_size))
     learned: dict = {}
     if adapter is not None and source.family == adapter.config.family and strength > 0 and any(omega):
         weights = torch.tensor(omega)
