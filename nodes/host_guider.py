@@ -14,6 +14,7 @@ from truepose_core.errors import TruePoseError
 from truepose_core.guidance import combine_guidance, guidance_factors
 
 from .host import GUIDANCE, NOTHING, POSE_ONLY
+from .host_model import adapter_of
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
@@ -23,8 +24,11 @@ class PoseSourceGuider(comfy.samplers.CFGGuider):
     """e = e0 + w_pose (e_pose - e0) + w_source (e_full - e_pose); a call whose factor is 0 is not made.
 
     e0: the negative conditioning without ControlNet, pose encoder and source. e_pose: the positive without the source.
-    e_full: the positive with all.
+    e_full: the positive with all. pictured: the positive is an embedding of the source picture, so e_pose reads the
+    negative's in its place.
     """
+
+    pictured = False
 
     def set_scales(self, w_pose: float, w_source: float) -> None:
         """Scales >= 0; 1 and 1 is no guidance and one call per step."""
@@ -37,7 +41,15 @@ class PoseSourceGuider(comfy.samplers.CFGGuider):
     def set_conds(self, positive: list, negative: list | None) -> None:
         """negative: None for the positive's own prompt."""
         plain = [[tokens, _without_control(settings)] for tokens, settings in (negative or positive)]
-        self.inner_set_conds({"positive": positive, "negative": plain})
+        conds = {"positive": positive, "negative": plain}
+        if self.pictured:
+            if not negative:
+                raise TruePoseError(
+                    "this model's positive is an embedding of the source picture; connect the negative output of "
+                    "Picture Context too"
+                )
+            conds["pose"] = [[negative[0][0], settings] for _, settings in positive]
+        self.inner_set_conds(conds)
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict = {}, seed: int | None = None) -> Tensor:  # noqa: B006
         """The guided prediction of the clean latent. (The host's name and arguments.)"""
@@ -61,7 +73,7 @@ class PoseSourceGuider(comfy.samplers.CFGGuider):
 
         # The second place is the negative one, also for other nodes' patches.
         e0 = predict([None, negative], NOTHING) if nothing else None
-        e_pose = predict([positive], POSE_ONLY) if pose else None
+        e_pose = predict([self.conds.get("pose", positive)], POSE_ONLY) if pose else None
         e_full = predict([positive], None) if full else None
         out = combine_guidance(e0, e_pose, e_full, *self.scales)
         most = next(e for e in (e_full, e_pose, e0) if e is not None)
@@ -92,7 +104,15 @@ def make_guider(
     model: object, positive: list, negative: list | None, w_pose: float, w_source: float
 ) -> PoseSourceGuider:
     """A GUIDER. positive, negative: CONDITIONING; negative None for the positive's own prompt."""
+    adapter = adapter_of(model)
     guider = PoseSourceGuider(model)
+    if adapter is not None:
+        if adapter.config.behaviour.unconditional == "zero latent":
+            raise TruePoseError(
+                f"a {adapter.config.family} model has one guidance scale, for pose and source together; "
+                "sample it with KSampler or CFGGuider"
+            )
+        guider.pictured = adapter.config.behaviour.context == "image"
     guider.set_conds(positive, negative)
     guider.set_scales(w_pose, w_source)
     return guider

@@ -34,8 +34,9 @@ from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
 from truepose_core.guidance import rescale_guidance
+from truepose_core.models.cfld_encoder import is_cfld
 from truepose_core.models.codec import PixelCodec
-from truepose_core.models.config import TruePoseConfig
+from truepose_core.models.config import SKELETON, TruePoseConfig
 from truepose_core.models.model import AlignedEncoder, RegionReader, TruePoseModel, nearest, scale_densepose
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
 from truepose_core.models.processors import PassOn
@@ -484,14 +485,18 @@ class Adapter:
         """Raises TruePoseError where SourceNet needs the picture's embedding and there is none."""
         if self.config.behaviour.context == "image" and not conditioning:
             raise TruePoseError(
-                f"a {self.config.family} model reads the source's CLIP embedding: connect Picture Context to "
-                "conditioning"
+                f"a {self.config.family} model reads the source's CLIP embedding: connect Picture Context"
             )
 
-    def pose_embedding(self, pictures: Mapping[str, Tensor]) -> Tensor:
-        """Pose pictures by name, [B, 3, *size] in [0, 1] -> what is added after TargetNet's conv_in, [B, C0, h, w], on
-        the CPU. Raises TruePoseError for a picture that the model does not read."""
+    def pose_embedding(self, pictures: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Pose pictures [B, 3, *size] in [0, 1], by name or the skeleton alone -> what is added after TargetNet's
+        conv_in, [B, C0, h, w], on the CPU. Raises TruePoseError for a picture that the model does not read."""
         parts, device = self._loaded()
+        if parts.pose_encoder is None:
+            raise TruePoseError(
+                "this model reads a DensePose picture: use Apply Pose Encoder, and a sampler of the host"
+            )
+        pictures = pictures if isinstance(pictures, Mapping) else {SKELETON: pictures}
         return encode_maps(parts.pose_encoder, {k: x.to(device, torch.float32) for k, x in pictures.items()}).cpu()
 
     def labels(self, picture: Tensor) -> Tensor:
@@ -616,6 +621,8 @@ def load(path: Path, size: tuple[int, int] | None = None) -> Loaded:
             f"{path.name} is no TruePose model file (its metadata says {metadata.get('architecture')!r}); "
             "for a checkpoint use Load Checkpoint: Apply HPFA works with it as it is"
         )
+    if is_cfld(metadata):
+        raise TruePoseError(f"{path.name} is a CFLD model, which has no SourceNet; load it with Load CFLD")
     return make(TruePoseConfig.from_json(metadata["config"]), load_file(path), path.name, size)
 
 
@@ -646,7 +653,7 @@ def load_files(
     if found.plan.metadata.get("architecture", ARCHITECTURE) != ARCHITECTURE:
         raise TruePoseError(f"{first.name} is of {found.title}, which this node does not load")
     if keep is not None:
-        convert(paths, keep, choices=choices)
+        convert(paths, keep, choices=choices, whole=False)
         return load(keep, size)
     config = TruePoseConfig.from_json(json.dumps(found.plan.config))
     with opened(paths, choices, whole=False) as (_, weights):

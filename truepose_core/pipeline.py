@@ -119,7 +119,8 @@ class TruePosePipeline(DiffusionPipeline):
                 continue
             for block in attention_sites(net).values():
                 for attention in (block.attn1, block.attn2):
-                    processor = attention.processor
+                    # Where a net has no cross-attention there is none.
+                    processor = getattr(attention, "processor", None)
                     if isinstance(processor, SelfAttention | CrossAttention):
                         sizes = {"auto": max(1, attention.heads // 2), "max": 1, None: None}
                         processor.heads_at_once = sizes.get(slice_size, slice_size)

@@ -117,7 +117,7 @@ def _colors(canvas: Tensor, colors: tuple, brightness: float = 1.0) -> Tensor:
 def _paint_limbs(canvas: Tensor, body: Tensor) -> None:
     colors = _colors(canvas, BODY_COLORS[: len(LIMBS)], LIMB_BRIGHTNESS)
     radius = _radius(canvas, LIMB_RADIUS, BODY_FLOOR)
-    _paint_segments(canvas, body, LIMBS, colors, radius, _ellipse_distance)
+    paint_segments(canvas, body, LIMBS, colors, radius, _ellipse_distance)
 
 
 def _paint_joints(canvas: Tensor, body: Tensor) -> None:
@@ -128,7 +128,7 @@ def _paint_joints(canvas: Tensor, body: Tensor) -> None:
 def _paint_hand(canvas: Tensor, hand: Tensor) -> None:
     hues = [colorsys.hsv_to_rgb(i / len(HAND_EDGES), 1.0, 1.0) for i in range(len(HAND_EDGES))]
     radius = _radius(canvas, HAND_LINE_RADIUS, DETAIL_FLOOR)
-    _paint_segments(canvas, hand, HAND_EDGES, canvas.new_tensor(hues), radius, _capsule_distance)
+    paint_segments(canvas, hand, HAND_EDGES, canvas.new_tensor(hues), radius, capsule_distance)
     blue = canvas.new_tensor((0.0, 0.0, 1.0)).expand(hand.shape[1], 3)
     _paint_points(canvas, hand, blue, _radius(canvas, HAND_POINT_RADIUS, DETAIL_FLOOR))
 
@@ -140,7 +140,7 @@ def _paint_face(canvas: Tensor, face: Tensor) -> None:
 
 def _paint_points(canvas: Tensor, points: Tensor, colors: Tensor, radius: float) -> None:
     pairs = tuple((i, i) for i in range(points.shape[1]))
-    _paint_segments(canvas, points, pairs, colors, radius, _capsule_distance)
+    paint_segments(canvas, points, pairs, colors, radius, capsule_distance)
 
 
 # (along, across, half length, radius) in pixels -> signed distance to the outline, < 0 inside.
@@ -158,12 +158,12 @@ def _ellipse_distance(along: Tensor, across: Tensor, half: Tensor, radius: float
     return k0 * (k0 - 1) / k1
 
 
-def _capsule_distance(along: Tensor, across: Tensor, half: Tensor, radius: float) -> Tensor:
+def capsule_distance(along: Tensor, across: Tensor, half: Tensor, radius: float) -> Tensor:
     """Exact distance to a segment with round ends; a disc when `half` is 0."""
     return torch.hypot((along.abs() - half).clamp_min(0), across) - radius
 
 
-def _paint_segments(
+def paint_segments(
     canvas: Tensor,
     points: Tensor,
     pairs: tuple[tuple[int, int], ...],
@@ -180,7 +180,7 @@ def _paint_segments(
     if batch > 1 and height * width > _SHARED_BOX_PIXELS:
         for i in range(batch):
             one = slice(i, i + 1)
-            _paint_segments(canvas[one], points[one], pairs, colors, radius, distance)
+            paint_segments(canvas[one], points[one], pairs, colors, radius, distance)
         return
     first, second = (list(ends) for ends in zip(*pairs, strict=True))
     xy = points[..., :2] * points.new_tensor((width, height))

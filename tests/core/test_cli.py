@@ -19,7 +19,7 @@ from small import small_model
 from truepose_core import __version__
 from truepose_core.cli import COMMANDS, main
 from truepose_core.cli.console import check_folder, memory_text, number, peak_memory, picture_size, to_json, whole
-from truepose_core.cli.transfer import fit_body, unique_names
+from truepose_core.cli.targets import fit_body, unique_names
 from truepose_core.errors import TruePoseError
 from truepose_core.images import load_image
 from truepose_core.models.store import save_model
@@ -457,7 +457,7 @@ def test_of_several_people_the_largest_is_taken_and_said(capsys, transfer):
     assert transfer.out.read_bytes() == largest
     transfer.out.unlink()
     refused(capsys, transfer, transfer.argv("--person", 2, pose=(path,)), "expected an index from 0 to 1", path)
-    refused(capsys, transfer, transfer.argv("--source-person", 1), "--source-pose, which was not given")
+    refused(capsys, transfer, transfer.argv("--source-person", 1), "--source-person needs the keypoints of SOURCE")
 
 
 def test_a_pose_mostly_outside_is_said(capsys, transfer):
@@ -506,7 +506,7 @@ def test_bad_options_are_refused(capsys, transfer, options, message):
 def test_without_parsing_the_error_says_how_to_get_one(capsys, transfer):
     argv = transfer.argv()
     at = argv.index("--parsing")
-    refused(capsys, transfer, argv[:at] + argv[at + 2 :], "--parsing is missing: the source needs its human parsing")
+    refused(capsys, transfer, argv[:at] + argv[at + 2 :], "the source needs its human parsing; give one of --parser")
 
 
 def test_bad_label_maps_are_refused(capsys, transfer):

@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from truepose_core.cli import main
 from truepose_core.cli.demo import render_inputs
 from truepose_core.images import load_image, save_image
+from truepose_core.pipeline import TruePosePipeline
 
 UNET = {
     "sample_size": 8,
@@ -111,6 +112,28 @@ def test_a_folder_gives_the_size_asked_for(capsys, inputs, folders, tmp_path, ki
     assert "mannequins only" not in captured.err
     assert any("without --controlnet" in note for note in report["notes"])
     assert any("the source is read at 73x98 pixels" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crop_with_regions_of_another_picture(monkeypatch, inputs, folders, tmp_path, kind):
+    call, read = TruePosePipeline.__call__, []
+    monkeypatch.setattr(TruePosePipeline, "__call__", lambda pipe, x, *a, **k: read.append(x) or call(pipe, x, *a, **k))
+    photo, parsing, pose = (inputs / name for name in ("person.png", "person-parsing.png", "person-pose.json"))
+    donor = tmp_path / "large.png"
+    save_image(torch.nn.functional.interpolate(load_image(photo), scale_factor=2), donor)
+    words = ["transfer", photo, "--parsing", parsing, "--source-pose", pose, "--pose", inputs / "wave.json", "--frame"]
+    words += ["72x104", "--model", folders[kind], "--device", "cpu", "--steps", "1", "--retarget"]
+    words += ["--from", f"upper={donor}", "--from-parsing", parsing, "--from-pose", pose]
+    for name, more in {"crop": (), "whole": ("--paste-back",)}.items():
+        assert main([str(word) for word in (*words, "--out", tmp_path / f"{name}.png", *more)]) == 0
+    assert load_image(tmp_path / "crop.png").shape == (1, 3, 104, 72)
+    assert load_image(tmp_path / "whole.png").shape == load_image(photo).shape
+    # The same person at another scale, cropped to the same size, is the same picture but for resampling.
+    own, other = read[0].parts
+    assert own.latent_size == other.latent_size
+    for site in own.sites:
+        torch.testing.assert_close(own.regions(site), other.regions(site), atol=0.1, rtol=0)
+    torch.testing.assert_close(own.body, other.body, atol=0.02, rtol=0)
 
 
 def test_options_reach_a_folders_model(inputs, folders, tmp_path):

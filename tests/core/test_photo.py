@@ -55,6 +55,20 @@ def test_the_bundled_model_says_that_it_knows_mannequins_only(files, tmp_path, c
     assert "mannequin" in text and "peak memory" in text
 
 
+def test_from_keypoints_alone(files, tmp_path, capsys):
+    pytest.importorskip("cv2")
+    source, _, pose, target = map(str, files)
+    words = ["transfer", source, "--source-pose", pose, "--parser", "keypoints", "--retarget", "--frame", "--json"]
+    out = tmp_path / "waving.png"
+    assert main([*words, "--pose", "gallery:waving", "--steps", "1", "--out", str(out)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["size"], report["parsing"], report["cut"]) == ([192, 256], "from keypoints", ["left", "bottom"])
+    assert Image.open(out).size == (192, 256)
+    out = tmp_path / "whole.png"
+    assert main([*words, "--paste-back", "--pose", target, "--steps", "1", "--out", str(out)]) == 0
+    assert Image.open(out).size == (512, 512)
+
+
 def test_a_stable_diffusion_folder(files, tmp_path, capsys):
     folder = sd_folder(tmp_path / "sd")
     code, said = transfer(files, tmp_path / "b.png", capsys, "--model", str(folder), "--json")

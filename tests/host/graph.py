@@ -40,6 +40,11 @@ def declared(node: dict) -> list[tuple[str, list, bool]]:
     ]
 
 
+def fits(kind: str, declaration: list) -> bool:
+    """Whether an output of this type may go into an input; an input of several types names them with commas."""
+    return isinstance(declaration[0], str) and kind in declaration[0].split(",")
+
+
 def is_widget(declaration: list) -> bool:
     settings = declaration[1] if len(declaration) > 1 else {}
     return (isinstance(declaration[0], list) or declaration[0] in WIDGETS) and not settings.get("forceInput")
@@ -63,7 +68,8 @@ def joined_lines(text: str) -> str:
     """Markdown without the line breaks that only keep a source file narrow."""
     lines: list[str] = []
     for line in (line.strip() for line in text.strip().splitlines()):
-        begins = not line or line.startswith(("#", "* ")) or not lines or not lines[-1] or lines[-1].startswith("#")
+        item = re.match(r"#|\* |\d+\. ", line)
+        begins = not line or item or not lines or not lines[-1] or lines[-1].startswith("#")
         if begins:
             lines.append(line)
         else:
@@ -146,7 +152,8 @@ class Graph:
     ) -> Node:
         """Add a node. inputs: outputs of other nodes, or values of widgets; those not given keep their default.
 
-        models: files that it wants, {"name", "url", "directory"}. room: pixels for what the node shows.
+        models: files that it wants, {"name", "url", "directory"}. room: pixels for what the node shows. A widget may
+        be given an output too: it then shows as a socket beside the widget.
         """
         info = self.info[type_]
         known = {name: declaration for name, declaration, _ in declared(info)}
@@ -168,7 +175,7 @@ class Graph:
     def _check(type_: str, name: str, declaration: list, given: object, models: tuple[dict, ...]) -> None:
         where = f"{type_}.{name}"
         if isinstance(given, Out):
-            assert given.kind == declaration[0], f"{where} takes {declaration[0]}, not {given.kind}"
+            assert fits(given.kind, declaration), f"{where} takes {declaration[0]}, not {given.kind}"
             return
         assert is_widget(declaration), f"{where} needs a link"
         options, settings = options_of(declaration), _settings(declaration)
@@ -244,13 +251,16 @@ class Graph:
             one["properties"]["models"] = node.models
         for key, declaration, _ in declared(node.info):
             given = node.values.get(key)
+            linked = isinstance(given, Out)
+            slot = {"name": key, "type": declaration[0], "link": None}
             if is_widget(declaration):
-                one["widgets_values"].append(_value(declaration) if given is None else given)
+                one["widgets_values"].append(_value(declaration) if given is None or linked else given)
                 if has_control(key, declaration):
                     one["widgets_values"].append("fixed")
-                continue
-            slot = {"name": key, "type": declaration[0], "link": None}
-            if isinstance(given, Out):
+                if not linked:
+                    continue
+                slot["widget"] = {"name": key}
+            if linked:
                 slot["link"] = len(links) + 1
                 links.append([slot["link"], given.node, given.slot, node.number, len(one["inputs"]), given.kind])
                 outgoing.setdefault((given.node, given.slot), []).append(slot["link"])

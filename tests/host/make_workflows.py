@@ -1,7 +1,7 @@
 """Builds workflows/*.json from a running ComfyUI, and their pictures from its page.
 
 python tests/host/make_workflows.py             the JSON files
-python tests/host/make_workflows.py --pictures  and a screenshot of each, after a run where that needs no download
+python tests/host/make_workflows.py --pictures  and a screenshot of each, after a run of what needs no large model
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from graph import ROOT, Graph, Node, Out  # noqa: E402
+from small_files import PHOTOS, astronaut, mannequin_photo, save_photo  # noqa: E402
+
+from truepose_core.models.known import KNOWN  # noqa: E402
+from truepose_core.parsing.spec import BUILT_IN  # noqa: E402
 
 WORKFLOWS = ROOT / "workflows"
 HUB = "https://huggingface.co"
@@ -46,8 +50,24 @@ LCM_LORA = {
     "url": f"{HUB}/latent-consistency/lcm-lora-sdv1-5/resolve/main/pytorch_lora_weights.safetensors",
     "directory": "loras",
 }
-FILES = (SD15, SDXL, OPENPOSE_SD15, OPENPOSE_SDXL, LCM_LORA)
-"""All that the workflows ask a user to download."""
+IP_ADAPTER = {
+    "name": "ip-adapter-plus_sd15.safetensors",
+    "url": f"{HUB}/h94/IP-Adapter/resolve/main/models/ip-adapter-plus_sd15.safetensors",
+    "directory": "ipadapter",
+}
+CLIP_VISION = {
+    "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+    "url": f"{HUB}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+    "directory": "clip_vision",
+}
+FILES = (SD15, SDXL, OPENPOSE_SD15, OPENPOSE_SDXL, LCM_LORA, IP_ADAPTER, CLIP_VISION)
+"""What the workflows ask a user to download and choose in a loader."""
+POSE_FILES = tuple(
+    {"name": KNOWN[name].file, "url": KNOWN[name].url, "directory": "truepose"} for name in ("dwpose", "yolox-l")
+)
+"""What Estimate Pose finds by itself."""
+PHOTO = PHOTOS[0]
+"""The host's own picture, which every installation has: it keeps the place of the user's."""
 
 PROMPT = "full body photo of a person, plain studio background, sharp focus"
 NEGATIVE = "blurry, deformed, extra limbs, cropped, text, watermark"
@@ -56,17 +76,37 @@ PREVIEW = 230
 
 OWN_PHOTO = """
 ## Your own person
-Replace **Mannequin** by *Load Image*, and give SourceNet Encode a parsing of that image:
-* *Parsing from Masks* with masks from any segmentation node or painted by hand, or
-* *Parsing from Label Map* with the label map of a human parser.
-
-The pose comes from an OpenPose or DWPose node. It is optional: without it the regions cannot be carried to the
-new pose.
+Replace **Mannequin** by *Load Image*, *Estimate Pose*, *Human Parsing* and *Frame Person*: the workflow
+*photo_to_pose* shows how.
+* The parsing may also come from *Parsing from Masks*, with masks from any segmentation node or painted by hand.
+* The pose may come from any OpenPose or DWPose node. Without it the regions cannot be carried to the new pose.
 """
 OWN_POSE = """
 ## Your own pose
-Replace this **Mannequin** by *Load Pose* (OpenPose JSON), or by an OpenPose or DWPose node that reads a photo. Only
-the keypoints are used.
+Replace this **Mannequin** by *Pose Gallery*, *Load Pose* (OpenPose JSON), or *Estimate Pose* on a photo. Only the
+keypoints are used.
+"""
+
+
+def linked(name: str) -> str:
+    """A known model in Markdown: its file, with a link to the page that publishes it."""
+    return f"[{KNOWN[name].file}]({KNOWN[name].page})"
+
+
+WANTED = f"""
+## Networks that read a photo
+**Estimate Pose** wants two files in *models/truepose*: {linked("dwpose")} and {linked("yolox-l")}. Or switch
+**download** on in that node: it then fetches them once. It needs *onnxruntime* (pip install onnxruntime), and the
+parsing below OpenCV (pip install opencv-python-headless); most packs with detectors have brought both.
+"""
+PARSERS = "\n".join(f"* **{name}**: {linked(name)}, {KNOWN[name].purpose}" for name in BUILT_IN)
+BETTER_PARSING = f"""
+## Cleaner edges
+**Human Parsing** is set to *from keypoints*: it needs no file and is rough. Choose a network there instead, and the
+clothes get their true outline:
+{PARSERS}
+
+Put the file into *models/truepose*, or switch **download** on in that node. Mind the licences on those pages.
 """
 
 
@@ -82,6 +122,23 @@ def sampled(graph: Graph, model: Out, positive: Out, negative: Out, latent: Out,
 def saved(graph: Graph, samples: Out, vae: Out, prefix: str, room: int = PREVIEW) -> Node:
     decoded = graph.add("VAEDecode", samples=samples, vae=vae)
     return graph.add("SaveImage", images=decoded["image"], filename_prefix=f"truepose/{prefix}", room=room)
+
+
+def prompted(graph: Graph, clip: Out, positive: str = PROMPT) -> tuple[Out, Out]:
+    """The two prompts."""
+    yes = graph.add("CLIPTextEncode", title="Prompt", clip=clip, text=positive)
+    no = graph.add("CLIPTextEncode", title="Negative prompt", clip=clip, text=NEGATIVE)
+    return yes["CONDITIONING"], no["CONDITIONING"]
+
+
+def controlled(graph: Graph, prompts: tuple[Out, Out], control: Node, image: Out, vae: Out, **settings: object) -> Node:
+    """The prompts with an OpenPose ControlNet that sees a skeleton."""
+    positive, negative = prompts
+    given = {"strength": 0.9, "end_percent": 0.8, **settings}
+    net = control["CONTROL_NET"]
+    return graph.add(
+        "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net, image=image, vae=vae, **given
+    )
 
 
 def training_free(graph: Graph, model: dict, openpose: dict, width: int, height: int, prefix: str, title: str) -> None:
@@ -132,18 +189,8 @@ def training_free(graph: Graph, model: dict, openpose: dict, width: int, height:
         skeleton = graph.add("TruePoseDrawSkeleton", pose=target["pose"], width=width, height=height, room=PREVIEW)
         graph.note(OWN_POSE, 150)
     with graph.group("Prompt"):
-        positive = graph.add("CLIPTextEncode", title="Prompt", clip=loader["CLIP"], text=PROMPT)
-        negative = graph.add("CLIPTextEncode", title="Negative prompt", clip=loader["CLIP"], text=NEGATIVE)
-        posed = graph.add(
-            "ControlNetApplyAdvanced",
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            control_net=control["CONTROL_NET"],
-            image=skeleton["image"],
-            vae=loader["VAE"],
-            strength=0.9,
-            end_percent=0.8,
-        )
+        prompts = prompted(graph, loader["CLIP"])
+        posed = controlled(graph, prompts, control, skeleton["image"], loader["VAE"])
         latent = graph.add("EmptyLatentImage", width=width, height=height)
     with graph.group("Picture"):
         patched = graph.add(
@@ -181,8 +228,6 @@ MANY = (("wave", 3), ("walk", 3), ("akimbo", 3), ("arms up", 3))
 
 def pasted_poses(width: int, height: int) -> str:
     """OpenPose JSON of a few ready poses, one frame for each, short enough to read in the node."""
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # at the end: the host has a package of one of our names
     from truepose_core.mannequin import ready_poses, render, sample_identities
 
     frames = []
@@ -226,18 +271,8 @@ def many_poses_one_source(graph: Graph) -> None:
         skeletons = graph.add("TruePoseDrawSkeleton", pose=poses["pose"], room=PREVIEW)
         latent = graph.add("EmptyLatentImage", width=width, height=height, batch_size=len(MANY))
     with graph.group("Prompt"):
-        positive = graph.add("CLIPTextEncode", title="Prompt", clip=loader["CLIP"], text=PROMPT)
-        negative = graph.add("CLIPTextEncode", title="Negative prompt", clip=loader["CLIP"], text=NEGATIVE)
-        posed = graph.add(
-            "ControlNetApplyAdvanced",
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            control_net=control["CONTROL_NET"],
-            image=skeletons["image"],
-            vae=loader["VAE"],
-            strength=0.9,
-            end_percent=0.8,
-        )
+        prompts = prompted(graph, loader["CLIP"])
+        posed = controlled(graph, prompts, control, skeletons["image"], loader["VAE"])
     with graph.group("Pictures"):
         patched = graph.add(
             "TruePoseApplyHPFA", model=loader["MODEL"], source=source["source"], target_pose=poses["pose"]
@@ -252,12 +287,12 @@ def swap_garment(graph: Graph) -> None:
         graph.note(
             """
             # Face of A, top of B
-            Two sources, two **Apply HPFA**, one after the other. The first keeps everything of person A but the
-            top, the second keeps the top of person B and nothing else. Tokens of weight 0 are not read at all,
-            so nothing of A's top and nothing of B's face gets through.
+            **Combine Sources** takes person A and puts the top of person B in place of A's own. Nothing else of B
+            and nothing of A's top is read, so neither gets through.
 
-            Turn the weights to swap something else: **lower** for trousers and skirts, **accessory** for shoes
-            and bags, **hair** for hair.
+            Set **upper** to 0 and another region to 1 to swap something else: **lower** for trousers and skirts,
+            **accessory** for shoes and bags, **hair** for hair. A share between 0 and 1 blends the two. For
+            photos see *swap_garment_photo*.
             """,
             280,
         )
@@ -289,41 +324,20 @@ def swap_garment(graph: Graph) -> None:
         skeleton = graph.add("TruePoseDrawSkeleton", pose=target["pose"], width=width, height=height, room=PREVIEW)
         graph.note(OWN_POSE, 150)
     with graph.group("Prompt"):
-        positive = graph.add("CLIPTextEncode", title="Prompt", clip=loader["CLIP"], text=PROMPT)
-        negative = graph.add("CLIPTextEncode", title="Negative prompt", clip=loader["CLIP"], text=NEGATIVE)
-        posed = graph.add(
-            "ControlNetApplyAdvanced",
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            control_net=control["CONTROL_NET"],
-            image=skeleton["image"],
-            vae=loader["VAE"],
-            strength=0.9,
-            end_percent=0.8,
-        )
+        prompts = prompted(graph, loader["CLIP"])
+        posed = controlled(graph, prompts, control, skeleton["image"], loader["VAE"])
         latent = graph.add("EmptyLatentImage", width=width, height=height)
-    with graph.group("All but the top of A, the top of B"):
-        first = graph.add(
+    with graph.group("A with the top of B"):
+        both = graph.add("TruePoseCombineSources", source=sources[0]["source"], donor=sources[1]["source"], upper=1.0)
+        patched = graph.add(
             "TruePoseApplyHPFA",
-            title="Apply HPFA: A without the top",
             model=loader["MODEL"],
-            source=sources[0]["source"],
-            target_pose=target["pose"],
-            upper=0.0,
-            region_match=3.0,
-        )
-        only_top = dict.fromkeys(("face", "hair", "lower", "skin", "accessory"), 0.0)
-        second = graph.add(
-            "TruePoseApplyHPFA",
-            title="Apply HPFA: the top of B",
-            model=first["model"],
-            source=sources[1]["source"],
+            source=both["source"],
             target_pose=target["pose"],
             region_match=3.0,
-            **only_top,
         )
     with graph.group("Picture"):
-        done = sampled(graph, second["model"], posed["positive"], posed["negative"], latent["LATENT"])
+        done = sampled(graph, patched["model"], posed["positive"], posed["negative"], latent["LATENT"])
         saved(graph, done["LATENT"], loader["VAE"], "swap_garment")
 
 
@@ -336,11 +350,14 @@ def with_lora_and_ipadapter(graph: Graph) -> None:
             Apply HPFA takes and gives an ordinary MODEL, so everything else that patches a model may come
             before or after it.
 
-            Here a LoRA (LCM, for 8 steps; choose any other) and the host's own *ModelSamplingDiscrete*.
-            **SourceNet Encode gets the model with the LoRA**: the source is then read as the picture is made. A
-            LoRA that is added later also acts on the source, at every step.
+            Here a LoRA (LCM, for 8 steps; choose any other), an IP-Adapter and the host's own
+            *ModelSamplingDiscrete*. **SourceNet Encode gets the model with the LoRA**: the source is then read as
+            the picture is made. A LoRA that is added later also acts on the source, at every step.
+
+            No IP-Adapter at hand? Select the four nodes of the group *IP-Adapter* and press Ctrl+B: the rest runs
+            without them.
             """,
-            290,
+            340,
         )
         loader = checkpoint(graph, SD15)
         lora = graph.add(
@@ -353,14 +370,6 @@ def with_lora_and_ipadapter(graph: Graph) -> None:
         control = graph.add("ControlNetLoader", models=(OPENPOSE_SD15,), control_net_name=OPENPOSE_SD15["name"])
     with graph.group("Source person"):
         person = graph.add("TruePoseMannequin", seed=23, width=width, height=height, room=PREVIEW)
-        source = graph.add(
-            "TruePoseSourceNetEncode",
-            model=lora["MODEL"],
-            vae=loader["VAE"],
-            image=person["image"],
-            parsing=person["parsing"],
-            pose=person["pose"],
-        )
         graph.note(OWN_PHOTO, 260)
     with graph.group("Target pose"):
         target = graph.add(
@@ -368,40 +377,333 @@ def with_lora_and_ipadapter(graph: Graph) -> None:
         )
         skeleton = graph.add("TruePoseDrawSkeleton", pose=target["pose"], width=width, height=height, room=PREVIEW)
     with graph.group("Prompt"):
-        positive = graph.add("CLIPTextEncode", title="Prompt", clip=lora["CLIP"], text=PROMPT)
-        negative = graph.add("CLIPTextEncode", title="Negative prompt", clip=lora["CLIP"], text=NEGATIVE)
-        posed = graph.add(
-            "ControlNetApplyAdvanced",
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            control_net=control["CONTROL_NET"],
-            image=skeleton["image"],
-            vae=loader["VAE"],
-        )
+        prompts = prompted(graph, lora["CLIP"])
+        posed = controlled(graph, prompts, control, skeleton["image"], loader["VAE"], strength=1.0, end_percent=1.0)
         latent = graph.add("EmptyLatentImage", width=width, height=height)
-    with graph.group("Model"):
+    with graph.group("IP-Adapter"):
+        vision = graph.add("CLIPVisionLoader", models=(CLIP_VISION,), clip_name=CLIP_VISION["name"])
+        adapter = graph.add("TruePoseLoadCAAAdapter", models=(IP_ADAPTER,), file=IP_ADAPTER["name"])
+        seen = graph.add(
+            "TruePoseCAAEncode",
+            adapter=adapter["adapter"],
+            image=person["image"],
+            parsing=person["parsing"],
+            clip_vision=vision["CLIP_VISION"],
+            pose=person["pose"],
+        )
+        aligned = graph.add(
+            "TruePoseApplyCAA", model=lora["MODEL"], caa=seen["caa"], strength=0.6, target_pose=target["pose"]
+        )
         graph.note(
             """
-            ## An IP-Adapter goes here
-            Install an IP-Adapter pack, and put its *Apply* node between **LoraLoader** and **Apply HPFA**: its
-            model input takes the LoRA's model, its output goes to Apply HPFA. Give it the source image (the
-            mannequin's **image**) and a weight of 0.4 to 0.6.
+            ## Region by region
+            An IP-Adapter tells the model what is in the source picture. **CAA Encode** reads the face, the hair, the
+            top ... one by one, and **Apply CAA** gives each to the place where it belongs: the colour of the
+            trousers does not get into the top.
 
-            It tells the model what is in the source picture as a whole; HPFA keeps where it is and what it
-            looks like. Leave the model of SourceNet Encode as it is.
+            It knows what a thing is; HPFA knows its pattern and where it is. **strength** 0.4 to 0.8 goes well with
+            HPFA. Plain IP-Adapter files do as well as Plus.
 
-            This graph loads and runs without that pack.
+            An Apply node of an IP-Adapter pack fits in the same place.
             """,
-            300,
+            330,
+        )
+    with graph.group("Source and model"):
+        source = graph.add(
+            "TruePoseSourceNetEncode",
+            model=lora["MODEL"],
+            vae=loader["VAE"],
+            image=person["image"],
+            parsing=person["parsing"],
+            pose=person["pose"],
+            caa=seen["caa"],
         )
         patched = graph.add(
-            "TruePoseApplyHPFA", model=lora["MODEL"], source=source["source"], target_pose=target["pose"]
+            "TruePoseApplyHPFA", model=aligned["model"], source=source["source"], target_pose=target["pose"]
         )
         timed = graph.add("ModelSamplingDiscrete", model=patched["model"], sampling="lcm")
     with graph.group("Picture"):
         fast = {"steps": 8, "cfg": 1.6, "sampler_name": "lcm", "scheduler": "sgm_uniform"}
         done = sampled(graph, timed["MODEL"], posed["positive"], posed["negative"], latent["LATENT"], **fast)
         saved(graph, done["LATENT"], loader["VAE"], "with_lora")
+
+
+def framed_person(graph: Graph, name: str, margin: float) -> tuple[Node, Node, Node]:
+    """A photo as far as the crop around its person, in one group: (the photo, its parsing, the crop)."""
+    of = f": {name}" if name else ""
+    with graph.group(f"Photo{of.replace(':', ' of')}"):
+        photo = graph.add("LoadImage", title=f"Your photo{of}", image=PHOTO, room=PREVIEW)
+        pose = graph.add(
+            "TruePoseEstimatePose",
+            title=f"Estimate Pose{of}",
+            models=POSE_FILES,
+            image=photo["IMAGE"],
+            room=PREVIEW,
+        )
+        parsing = graph.add(
+            "TruePoseHumanParsing",
+            title=f"Human Parsing{of}",
+            image=photo["IMAGE"],
+            pose=pose["pose"],
+            room=PREVIEW,
+        )
+        frame = graph.add(
+            "TruePoseFramePerson",
+            title=f"Frame Person{of}",
+            image=photo["IMAGE"],
+            parsing=parsing["parsing"],
+            pose=pose["pose"],
+            margin=margin,
+        )
+    return photo, parsing, frame
+
+
+def read_frame(graph: Graph, loader: Node, frame: Node, name: str = "") -> Node:
+    """SourceNet Encode on the crop of a photo."""
+    return graph.add(
+        "TruePoseSourceNetEncode",
+        title=f"SourceNet Encode: {name}" if name else None,
+        model=loader["MODEL"],
+        vae=loader["VAE"],
+        image=frame["image"],
+        parsing=frame["parsing"],
+        pose=frame["pose"],
+    )
+
+
+def pasted(graph: Graph, photo: Node, picture: Node, frame: Node, prefix: str, **settings: object) -> None:
+    """The picture back in the photo, saved."""
+    back = graph.add("TruePosePasteBack", photo=photo["IMAGE"], image=picture["IMAGE"], crop=frame["crop"], **settings)
+    graph.add("SaveImage", images=back["image"], filename_prefix=f"truepose/{prefix}", room=PREVIEW)
+
+
+PHOTO_PROMPT = "photo of a person, natural light, sharp focus"
+
+
+def photo_to_pose(graph: Graph) -> None:
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # The person of a photo in another pose
+            1. **Choose a photo** in *Your photo*: one person, large and whole.
+            2. **Choose a pose** in *Pose Gallery*.
+            3. Write in *Prompt* what the photo shows, and press **Run**.
+
+            The person is found, cut out to the model's size, read once, posed in their own proportions, and the
+            picture goes back into the photo.
+
+            You need a checkpoint and an OpenPose ControlNet (links in the two loaders), and two small networks that
+            read the pose. Any other SD1.5 checkpoint will do; one for photos does better.
+            """,
+            360,
+        )
+        loader = checkpoint(graph, SD15)
+        control = graph.add("ControlNetLoader", models=(OPENPOSE_SD15,), control_net_name=OPENPOSE_SD15["name"])
+        graph.note(WANTED, 210)
+    photo, _, frame = framed_person(graph, "", 0.2)
+    with graph.group("Source person"):
+        source = read_frame(graph, loader, frame)
+        graph.note(BETTER_PARSING, 330)
+        graph.note(
+            """
+            ## Frame Person
+            The crop is one of the model's own sizes and is not stretched. **margin** is the room around the person:
+            more for poses that reach further. In a group, **person** says who is meant. For SDXL choose its
+            **sizes**, its checkpoint and its ControlNet.
+            """,
+            170,
+        )
+    with graph.group("Target pose"):
+        gallery = graph.add(
+            "TruePosePoseGallery",
+            name="hand on hip",
+            width=frame["width"],
+            height=frame["height"],
+            room=PREVIEW,
+        )
+        target = graph.add("TruePoseRetargetPose", target=gallery["pose"], source=frame["pose"], room=PREVIEW)
+        graph.note(
+            """
+            ## Another pose
+            *Load Pose* (OpenPose JSON) or *Estimate Pose* on a second photo give poses too. **Retarget Pose** puts
+            them on the proportions of your person; *Transform Pose* and *Edit Pose* change them.
+            """,
+            150,
+        )
+    with graph.group("Prompt"):
+        prompts = prompted(graph, loader["CLIP"], PHOTO_PROMPT)
+        posed = controlled(graph, prompts, control, target["image"], loader["VAE"])
+        latent = graph.add("EmptyLatentImage", width=frame["width"], height=frame["height"])
+    with graph.group("Picture"):
+        patched = graph.add(
+            "TruePoseApplyHPFA",
+            model=loader["MODEL"],
+            source=source["source"],
+            target_pose=target["pose"],
+            background=1.0,
+        )
+        done = sampled(graph, patched["model"], posed["positive"], posed["negative"], latent["LATENT"])
+        picture = graph.add("VAEDecode", samples=done["LATENT"], vae=loader["VAE"])
+        graph.note(
+            """
+            ## The background
+            **background** 1 at Apply HPFA carries the photo's surroundings on, so that the crop fits into the photo.
+            With 0 the prompt makes a new one; save the crop itself then, not the photo.
+            """,
+            130,
+        )
+    with graph.group("Back into the photo"):
+        pasted(graph, photo, picture, frame, "photo_to_pose", feather=32)
+    with graph.group("Hands and face"):
+        parts = graph.add("TruePoseHandsAndFace", image=picture["IMAGE"], pose=target["pose"])
+        graph.add("MaskPreview", title="Hands", mask=parts["hands"], room=PREVIEW)
+        graph.add("MaskPreview", title="Face", mask=parts["face"], room=PREVIEW)
+        graph.note(
+            """
+            ## Finer hands and face
+            Small hands and faces are where these models are weakest. Give **segs** and the picture of VAE Decode to
+            a detailer (*Detailer (SEGS)* of the Impact Pack, with the patched model and the prompts), and its
+            picture to **Paste Back**. Or set a mask on the latent (*Set Latent Noise Mask*) and sample once more
+            with denoise 0.4.
+            """,
+            190,
+        )
+
+
+def swap_garment_photo(graph: Graph) -> None:
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # Face and body of A, top of B
+            1. **Choose two photos**: person A, and person B with the top you want.
+            2. Write in *Prompt* what the result shows, the new top too, and press **Run**.
+
+            **Combine Sources** takes person A and puts B's top in place of A's own. The picture is made in A's
+            pose and goes back into A's photo.
+
+            Set **upper** to 0 and another region to 1 to take something else from B: **lower**, **accessory**,
+            **hair**. A share between 0 and 1 blends. Chain the node for a third person.
+
+            To change the top and keep every other pixel, see *restyle_region*.
+            """,
+            400,
+        )
+        loader = checkpoint(graph, SD15)
+        control = graph.add("ControlNetLoader", models=(OPENPOSE_SD15,), control_net_name=OPENPOSE_SD15["name"])
+        graph.note(WANTED, 210)
+    photo, _, frame = framed_person(graph, "A", 0.1)
+    _, _, donor = framed_person(graph, "B", 0.1)
+    with graph.group("A with the top of B"):
+        sources = [read_frame(graph, loader, one, name) for one, name in ((frame, "A"), (donor, "B"))]
+        both = graph.add("TruePoseCombineSources", source=sources[0]["source"], donor=sources[1]["source"], upper=1.0)
+        graph.note(BETTER_PARSING, 330)
+    with graph.group("Pose and prompt"):
+        skeleton = graph.add("TruePoseDrawSkeleton", title="A's own pose", pose=frame["pose"], room=PREVIEW)
+        prompts = prompted(graph, loader["CLIP"], PHOTO_PROMPT)
+        posed = controlled(graph, prompts, control, skeleton["image"], loader["VAE"])
+        latent = graph.add("EmptyLatentImage", width=frame["width"], height=frame["height"])
+        graph.note(
+            """
+            ## Another pose
+            Give Draw Skeleton and the **target_pose** of Apply HPFA another pose, as in *photo_to_pose*.
+            """,
+            90,
+        )
+    with graph.group("Picture"):
+        patched = graph.add(
+            "TruePoseApplyHPFA",
+            model=loader["MODEL"],
+            source=both["source"],
+            target_pose=frame["pose"],
+            background=1.0,
+            region_match=3.0,
+        )
+        done = sampled(graph, patched["model"], posed["positive"], posed["negative"], latent["LATENT"])
+        picture = graph.add("VAEDecode", samples=done["LATENT"], vae=loader["VAE"])
+    with graph.group("Back into the photo"):
+        pasted(graph, photo, picture, frame, "swap_garment_photo", feather=32)
+
+
+def restyle_region(graph: Graph) -> None:
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # Another top, and nothing else
+            1. **Choose a photo** in *Your photo*.
+            2. Write in *Prompt* what the top shall be, and press **Run**.
+
+            **Freeze Regions** lets only the chosen regions change; the face cannot drift, because it is not
+            sampled. **Paste Back** brings every other pixel of the photo back as it was.
+
+            The garment comes from the prompt and from a second picture, here a mannequin's. Bypass **Apply HPFA**
+            (Ctrl+B) to leave it to the prompt alone.
+            """,
+            340,
+        )
+        loader = checkpoint(graph, SD15)
+        graph.note(WANTED, 210)
+    photo, _, frame = framed_person(graph, "", 0.1)
+    with graph.group("What may change"):
+        encoded = graph.add("VAEEncode", pixels=frame["image"], vae=loader["VAE"])
+        frozen = graph.add("TruePoseFreezeRegions", samples=encoded["LATENT"], parsing=frame["parsing"])
+        graph.add("MaskPreview", title="What may change", mask=frozen["mask"], room=PREVIEW)
+        graph.note(
+            """
+            ## Regions
+            Switch **lower**, **hair**, **background** ... on at Freeze Regions to change them too; **skin** when
+            the sleeves become shorter. **grow** is how far the new thing may reach over the old one's border.
+            """,
+            130,
+        )
+        graph.note(BETTER_PARSING, 330)
+    with graph.group("The garment"):
+        garment = graph.add(
+            "TruePoseMannequin", title="Garment", seed=6, pose="akimbo", width=512, height=768, room=PREVIEW
+        )
+        donor = graph.add(
+            "TruePoseSourceNetEncode",
+            model=loader["MODEL"],
+            vae=loader["VAE"],
+            image=garment["image"],
+            parsing=garment["parsing"],
+            pose=garment["pose"],
+        )
+        graph.note(
+            """
+            ## Your own garment
+            Replace this **Mannequin** by a photo of somebody who wears it: *Load Image*, *Estimate Pose*, *Human
+            Parsing* and *Frame Person*, as in the group *Photo*.
+            """,
+            110,
+        )
+    with graph.group("Picture"):
+        only_top = dict.fromkeys(("face", "hair", "lower", "skin", "accessory"), 0.0)
+        patched = graph.add(
+            "TruePoseApplyHPFA",
+            title="Apply HPFA: the top alone",
+            model=loader["MODEL"],
+            source=donor["source"],
+            target_pose=frame["pose"],
+            target_parsing=frame["parsing"],
+            region_match=3.0,
+            **only_top,
+        )
+        positive, negative = prompted(graph, loader["CLIP"], "photo of a person in a patterned top, natural light")
+        done = sampled(graph, patched["model"], positive, negative, frozen["samples"], denoise=0.85)
+        picture = graph.add("VAEDecode", samples=done["LATENT"], vae=loader["VAE"])
+        graph.note(
+            """
+            ## How much changes
+            **denoise** 0.6 at KSampler keeps folds and light of the old garment, 1 makes all of it anew.
+            """,
+            90,
+        )
+    with graph.group("Back into the photo"):
+        pasted(graph, photo, picture, frame, "restyle_region", mask=frozen["mask"], feather=0)
+
+
+OF_BUNDLED = {"steps": 12, "cfg": 1.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
+"""How the bundled model is sampled."""
 
 
 def bundled(graph: Graph, seed: int, target_pose: str, **apply: object) -> dict[str, Node]:
@@ -436,17 +738,16 @@ def bundled(graph: Graph, seed: int, target_pose: str, **apply: object) -> dict[
             loader["conditioning"],
             loader["conditioning"],
             latent["latent"],
-            steps=12,
-            cfg=1.0,
-            sampler_name="ddim",
-            scheduler="ddim_uniform",
+            **OF_BUNDLED,
         )
     return {"loader": loader, "person": person, "target": target, "patched": patched, "done": done}
 
 
-def enlarged(graph: Graph, image: Out, room: int = 420) -> None:
+def enlarged(graph: Graph, image: Out, prefix: str, room: int = 420) -> Node:
+    """Pictures of the bundled model, saved large enough to see."""
     big = graph.add("ImageScale", image=image, upscale_method="nearest-exact", width=384, height=512, crop="disabled")
-    graph.add("SaveImage", images=big["IMAGE"], filename_prefix="truepose/demo", room=room)
+    graph.add("SaveImage", images=big["IMAGE"], filename_prefix=f"truepose/{prefix}", room=room)
+    return big
 
 
 def demo(graph: Graph) -> None:
@@ -459,7 +760,7 @@ def demo(graph: Graph) -> None:
             needs no download.
 
             The bundled model is tiny (48 x 64 pixels) and knows only this world of mannequins. It shows how the
-            nodes go together; for photos see *sd15_training_free* and *sdxl_training_free*.
+            nodes go together; for photos see *photo_to_pose*.
             """,
             280,
         )
@@ -476,7 +777,7 @@ def demo(graph: Graph) -> None:
     made = bundled(graph, 5, "wave", background=1.0)
     with graph.group("Result"):
         decoded = graph.add("VAEDecode", samples=made["done"]["LATENT"], vae=made["loader"]["vae"])
-        enlarged(graph, decoded["image"])
+        enlarged(graph, decoded["image"], "demo")
 
 
 def attention_view(graph: Graph) -> None:
@@ -509,7 +810,7 @@ def attention_view(graph: Graph) -> None:
     made = bundled(graph, 6, "kick", match="as set", region_match=4.0)
     with graph.group("Picture as made"):
         decoded = graph.add("VAEDecode", samples=made["done"]["LATENT"], vae=made["loader"]["vae"])
-        enlarged(graph, decoded["image"], 300)
+        enlarged(graph, decoded["image"], "attention_view", 300)
     with graph.group("Where it looked"):
         view = graph.add(
             "TruePoseAttentionView",
@@ -522,6 +823,90 @@ def attention_view(graph: Graph) -> None:
         shown.width = 720
 
 
+FRAMES = 8
+
+
+def pose_sequence(graph: Graph) -> None:
+    with graph.group("Start here"):
+        graph.note(
+            f"""
+            # From one pose to another
+            Press **Run**; it needs no download. One person is shown in {FRAMES} poses, on the way from one pose of
+            the gallery to another, as single pictures and as an animation.
+
+            The person is read once. All frames start from the same noise (**LatentBatchSeedBehavior**), so that
+            what the model makes up stays the same from frame to frame.
+
+            The bundled model is tiny (48 x 64 pixels). With a checkpoint of your own, make the frames as in
+            *photo_to_pose*: the skeletons come out of Retarget Pose as a batch.
+            """,
+            330,
+        )
+        graph.note(
+            """
+            ## Try
+            * other poses, a **mirror**, and more **steps**: set **batch_size** of the latent alike
+            * another **seed** at *Mannequin*: another person
+            * *Load Pose* with a file of many frames, in place of the two poses
+            """,
+            150,
+        )
+    with graph.group("Model"):
+        loader = graph.add("TruePoseLoadModel", file="bundled demo")
+        empty = graph.add("TruePoseEmptyLatent", adapter=loader["adapter"], batch_size=FRAMES)
+        latent = graph.add("LatentBatchSeedBehavior", samples=empty["latent"], seed_behavior="fixed")
+    with graph.group("Source person"):
+        person = graph.add("TruePoseMannequin", seed=5, room=PREVIEW)
+        source = graph.add(
+            "TruePoseSourceNetEncode",
+            model=loader["source_net"],
+            vae=loader["vae"],
+            image=person["image"],
+            parsing=person["parsing"],
+            pose=person["pose"],
+        )
+    with graph.group("Two poses"):
+        ends = [
+            graph.add(
+                "TruePosePoseGallery", title=f"Pose Gallery: {when}", name=name, width=384, height=512, room=PREVIEW
+            )
+            for when, name in (("first", "standing"), ("last", "waving"))
+        ]
+    with graph.group("The way between them"):
+        way = graph.add(
+            "TruePoseInterpolatePoses", first=ends[0]["pose"], second=ends[1]["pose"], steps=FRAMES, room=PREVIEW
+        )
+        target = graph.add(
+            "TruePoseRetargetPose",
+            target=way["pose"],
+            source=person["pose"],
+            size="source",
+            people="one person in a video",
+            room=PREVIEW,
+        )
+        posed = graph.add("TruePoseApplyPoseEncoder", model=loader["target_net"], pose=target["pose"])
+    with graph.group("Pictures"):
+        patched = graph.add(
+            "TruePoseApplyHPFA",
+            model=posed["model"],
+            source=source["source"],
+            target_pose=target["pose"],
+            background=1.0,
+        )
+        done = sampled(
+            graph,
+            patched["model"],
+            loader["conditioning"],
+            loader["conditioning"],
+            latent["LATENT"],
+            **OF_BUNDLED,
+        )
+        decoded = graph.add("VAEDecode", samples=done["LATENT"], vae=loader["vae"])
+    with graph.group("Frames and animation"):
+        big = enlarged(graph, decoded["image"], "pose_sequence", 300)
+        graph.add("SaveAnimatedWEBP", images=big["IMAGE"], filename_prefix="truepose/pose_sequence", fps=6.0, room=300)
+
+
 BUILDERS: dict[str, Callable[[Graph], None]] = {
     build.__name__: build
     for build in (
@@ -532,6 +917,10 @@ BUILDERS: dict[str, Callable[[Graph], None]] = {
         swap_garment,
         with_lora_and_ipadapter,
         attention_view,
+        photo_to_pose,
+        swap_garment_photo,
+        restyle_region,
+        pose_sequence,
     )
 }
 
@@ -562,6 +951,7 @@ def main() -> None:
         raise SystemExit("no ComfyUI found: set COMFYUI_DIR")
     names = arguments.only or list(BUILDERS)
     with tempfile.TemporaryDirectory() as folder, Server(host, Path(folder)) as server:
+        save_photo(Path(folder), *(astronaut() if arguments.pictures else mannequin_photo(5)))
         info = server.object_info()
         WORKFLOWS.mkdir(exist_ok=True)
         for name in names:

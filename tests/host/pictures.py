@@ -12,7 +12,28 @@ from server import Server
 WIDTH, QUALITY = 1000, 85
 SHOWN = 300
 """Height of the nodes' pictures in pixels, where they fit side by side."""
-SHOWS = ("TruePoseMannequin", "TruePoseDrawSkeleton", "TruePoseAttentionView")
+ROW = 9
+"""Pictures side by side."""
+SHOWS = {
+    "LoadImage": 0,
+    "TruePoseMannequin": 0,
+    "TruePoseEstimatePose": None,
+    "TruePoseHumanParsing": 2,
+    "TruePoseFramePerson": 0,
+    "TruePoseRetargetPose": 1,
+    "TruePoseDrawSkeleton": 0,
+    "TruePoseAttentionView": 0,
+    "ImageScale": 0,
+}
+"""The nodes whose pictures are shown, and the outputs that give them; None is the node's own face."""
+LARGE = (
+    "CheckpointLoaderSimple",
+    "ControlNetLoader",
+    "LoraLoader",
+    "CLIPVisionLoader",
+    "TruePoseLoadCAAAdapter",
+)
+"""Nodes that read files which are not here; what comes after them is not run."""
 
 # Only the canvas and what lies on it: bars and panels of the page differ between versions.
 FIT = """
@@ -56,22 +77,53 @@ def graph_picture(server: Server, file: Path) -> object:
         return Image.open(shot).convert("RGB").crop((left, top, left + round(width), top + round(height)))
 
 
+def without_files(prompt: dict) -> dict:
+    """What of a prompt can run without large files."""
+    lacking = {key for key, node in prompt.items() if node["class_type"] in LARGE}
+    while True:
+        more = {
+            key
+            for key, node in prompt.items()
+            if any(isinstance(value, list) and value[0] in lacking for value in node["inputs"].values())
+        }
+        if more <= lacking:
+            return {key: node for key, node in prompt.items() if key not in lacking}
+        lacking |= more
+
+
 def shown(server: Server, workflow: dict) -> list:
     """What the nodes of a workflow show, as PIL images: all of them where it runs, else those before the models."""
     from PIL import Image
 
-    prompt = to_api(workflow, server.object_info())
-    if any(node["class_type"] == "CheckpointLoaderSimple" for node in prompt.values()):
-        free = ("TruePoseMannequin", "TruePoseDrawSkeleton", "TruePoseLoadPose")
-        prompt = {key: node for key, node in prompt.items() if node["class_type"] in free}
-    else:
-        prompt = {key: node for key, node in prompt.items() if node["class_type"] != "SaveImage"}
-    ends = ("ImageScale", *SHOWS)
-    for key in [key for key, node in prompt.items() if node["class_type"] in ends]:
-        prompt[f"{key} seen"] = {"class_type": "PreviewImage", "inputs": {"images": [key, 0]}}
+    prompt = without_files(to_api(workflow, server.object_info()))
+    prompt = {key: node for key, node in prompt.items() if not node["class_type"].startswith("Save")}
+    seen = []
+    for key, node in list(prompt.items()):
+        slot = SHOWS.get(node["class_type"], -1)
+        if slot is None:
+            seen.append(key)
+        elif slot >= 0:
+            seen.append(f"{key} seen")
+            prompt[seen[-1]] = {"class_type": "PreviewImage", "inputs": {"images": [key, slot]}}
     entry = server.run(prompt)
-    keys = [key for key in prompt if key.endswith(" seen")]
-    return [Image.fromarray(one) for key in keys for one in server.images(entry, key)]
+    found = [one for key in seen for one in server.images(entry, key)]
+    first = {one.tobytes(): one for one in reversed(found)}  # a photo that is loaded twice is shown once
+    return [Image.fromarray(one) for one in reversed(first.values())]
+
+
+def row(pictures: list, width: int, gap: int) -> object:
+    """Pictures side by side at one height, centred, as a PIL image of that width."""
+    from PIL import Image
+
+    across = sum(one.width / one.height for one in pictures)
+    high = min(SHOWN, int((width - gap * (len(pictures) + 1)) / across))
+    small = [one.resize((round(one.width * high / one.height), high), Image.LANCZOS) for one in pictures]
+    sheet = Image.new("RGB", (width, high + gap), (32, 32, 32))
+    x = max(0, (width - sum(one.width for one in small) - gap * (len(small) - 1)) // 2)
+    for one in small:
+        sheet.paste(one, (x, gap))
+        x += one.width + gap
+    return sheet
 
 
 def take(server: Server, file: Path) -> Path:
@@ -80,19 +132,16 @@ def take(server: Server, file: Path) -> Path:
 
     from PIL import Image
 
-    pictures = shown(server, json.loads(file.read_text(encoding="utf-8")))
-    gap = 10
-    across = sum(one.width / one.height for one in pictures)
-    high = min(SHOWN, int((WIDTH - gap * (len(pictures) + 1)) / across))
-    small = [one.resize((round(one.width * high / one.height), high), Image.LANCZOS) for one in pictures]
+    pictures, gap = shown(server, json.loads(file.read_text(encoding="utf-8"))), 10
+    rows = [row(pictures[at : at + ROW], WIDTH, gap) for at in range(0, len(pictures), ROW)]
     graph = graph_picture(server, file)
     graph = graph.resize((WIDTH, round(graph.height * WIDTH / graph.width)), Image.LANCZOS)
-    sheet = Image.new("RGB", (WIDTH, high + 2 * gap + graph.height), (32, 32, 32))
-    x = max(0, (WIDTH - sum(one.width for one in small) - gap * (len(small) - 1)) // 2)
-    for one in small:
-        sheet.paste(one, (x, gap))
-        x += one.width + gap
-    sheet.paste(graph, (0, high + 2 * gap))
+    sheet = Image.new("RGB", (WIDTH, sum(one.height for one in rows) + gap + graph.height), (32, 32, 32))
+    y = 0
+    for one in rows:
+        sheet.paste(one, (0, y))
+        y += one.height
+    sheet.paste(graph, (0, y + gap))
     out = file.with_suffix(".jpg")
     sheet.save(out, quality=QUALITY)
     return out

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from truepose_core.cli.console import MAX_SIDE, Console, picture_size, whole
 from truepose_core.cli.models import add_models_argument, models_folder
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from truepose_core.pose_estimation import PoseEstimator
     from truepose_core.regions import Region
 
+T = TypeVar("T")
+
 KEYPOINTS = "keypoints"
 """The parser that needs no network."""
 AUTO = "auto"
@@ -37,7 +39,6 @@ CANVAS_SLACK = 0.02
 """How much the aspect ratio of a source pose's canvas may differ from the source's: rounding of a resize."""
 SHOWN_HEIGHT = 256
 """Crops for a mannequin model, whose own pictures are tiny, are about this high, in pixels."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 NO_PARSING = (
     "the source needs its human parsing; give one of --parser keypoints (no model, with --source-pose or "
@@ -98,7 +99,7 @@ def add_frame_arguments(parser: argparse._ActionsContainer) -> None:
         type=whole(0, 512),
         metavar="PIXELS",
         help="with --frame: put the result back into SOURCE, so that the output is the whole photo; its edge fades in "
-        f"over so many pixels (default: {FEATHER})",
+        f"over so many pixels (--paste-back alone: {FEATHER})",
     )
 
 
@@ -158,8 +159,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise TruePoseError("--paste-back puts a framed picture back, and --frame was not given")
     if args.frame is not None and args.size is not None:
         raise TruePoseError("--frame and --size both say the size of the pictures; leave out --size")
-    if args.models is not None and args.parser in (None, KEYPOINTS) and not args.estimate_pose:
-        raise TruePoseError("--models is where networks lie, and neither --parser NAME nor --estimate-pose wants one")
 
 
 # ---------------------------------------------------------------------------------------------------- one person
@@ -168,14 +167,15 @@ def check_options(args: argparse.Namespace) -> None:
 @dataclass(frozen=True, eq=False)
 class PersonPhoto:
     """A picture of a person. image: [1, 3, H, W] in [0, 1]. parsing: of the same size. person: normalised keypoints,
-    None where they are not known. told: where parsing and pose come from, for people. size_in_file: (width, height)
-    of the file."""
+    None where they are not known. parsing_from, pose_from: where these come from, for people. size_in_file: (width,
+    height) of the file."""
 
     path: str
     image: Tensor
     parsing: HumanParsing
     person: Person | None
-    told: dict[str, str | None]
+    parsing_from: str
+    pose_from: str | None
     size_in_file: tuple[int, int]
 
     @property
@@ -248,7 +248,7 @@ class Networks:
         close_sessions()
 
 
-def told_where(where: str, work: Any) -> Any:
+def told_where(where: str, work: Callable[[], T]) -> T:
     """work(), whose errors begin with what it was about."""
     try:
         return work()
@@ -273,22 +273,22 @@ def read_person(
     """
     image, in_file = load_photo(path, console)
     size = (image.shape[3], image.shape[2])
-    person, told = None, {"parsing": parsing, "pose": pose}
+    person, pose_from = None, pose
     if pose is not None:
         person = read_source_person(pose, index, in_file, console, option)
     elif networks.args.estimate_pose:
         found = networks.pose(image, f"picture {path}")
         person = found.people[choose_person(found, index, f"picture {path}", console, option)]
-        told["pose"] = f"estimated by {networks.estimator.description}"
+        pose_from = f"estimated by {networks.estimator.description}"
         if len(found.people) > 1 and networks.args.parser not in (None, KEYPOINTS):
             console.note(f"the parser shows all {len(found.people)} people of {path}; add --frame to crop to one")
     if person is not None:
         _tell_missing(person, path, console)
     if parsing is not None:
-        masks = read_parsing(parsing, networks.args.parsing_labels, path, in_file, size, console)
+        masks, parsing_from = read_parsing(parsing, networks.args.parsing_labels, path, in_file, size, console), parsing
     else:
-        masks, told["parsing"] = make_parsing(image, person, path, networks)
-    return PersonPhoto(path, image, masks, person, told, in_file)
+        masks, parsing_from = make_parsing(image, person, path, networks)
+    return PersonPhoto(path, image, masks, person, parsing_from, pose_from, in_file)
 
 
 def load_photo(path: str, console: Console) -> tuple[Tensor, tuple[int, int]]:
@@ -320,8 +320,9 @@ def make_parsing(image: Tensor, person: Person | None, path: str, networks: Netw
         parsing = told_where(f"picture {path}", lambda: parse_from_keypoints(image, body_tensor([person])))
         told = "from keypoints"
     else:
-        parsing = told_where(f"picture {path}", lambda: parse_image(image, networks.parser))
-        told = f"by {networks.parser.description}"
+        network = networks.parser
+        parsing = told_where(f"picture {path}", lambda: parse_image(image, network))
+        told = f"by {network.description}"
     if parsing.is_empty:
         raise TruePoseError(
             f"nobody was found in picture {path}: its parsing {told} is background everywhere. Give a picture of a "

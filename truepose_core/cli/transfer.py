@@ -13,8 +13,6 @@ from truepose_core.cli.console import (
     MAX_SIDE,
     Console,
     add_device_arguments,
-    check_file,
-    check_folder,
     make_folder,
     memory_text,
     number,
@@ -32,7 +30,6 @@ from truepose_core.cli.opening import (
     progress,
 )
 from truepose_core.cli.photo import (
-    PICTURES,
     Donor,
     Networks,
     PersonPhoto,
@@ -40,17 +37,15 @@ from truepose_core.cli.photo import (
     add_frame_arguments,
     add_person_arguments,
     check_options,
-    choose_person,
     find_crop,
     fitted,
     frame_sizes,
-    load_photo,
     read_donor,
     read_donors,
     read_person,
     tell_cut,
-    told_where,
 )
+from truepose_core.cli.targets import Target, read_targets
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
@@ -58,7 +53,6 @@ if TYPE_CHECKING:
 
     from truepose_core.features import SourceFeatures
     from truepose_core.framing import Crop
-    from truepose_core.pose import Pose
 
 HELP = "show the person of one picture in one or more poses"
 DESCRIPTION = """\
@@ -91,6 +85,7 @@ photographs:
   --frame                  the person fills the picture that the model makes; the crop is the output
   --frame --paste-back     the output is the whole photo with the crop made anew; poses lie on the photo, and with
                            --retarget the person keeps their size and stands where they stood
+  --from upper=b.png       the top of another person; where a garment is shorter, take their skin too: upper,skin=b.png
 
 examples:
   truepose demo --out demo-out                   writes inputs to try the next line with
@@ -108,8 +103,6 @@ examples:
 
 STEPS = {"pixels": 12, "vae": 30}
 """Sampling steps when --steps is not given."""
-GALLERY = "gallery:"
-"""How a --pose begins that names a ready pose."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="feet",
         choices=("feet", "hips"),
         help="put the poses on the proportions of the person in SOURCE; the feet, or the hips, stay where the pose has "
-        "them (default: feet)",
+        "them (--retarget alone: feet)",
     )
     person = parser.add_argument_group("the person in SOURCE")
     add_person_arguments(person)
@@ -202,26 +195,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One pose to show. pose: what --pose says. body: [18, 3] keypoints, normalised to the picture that is made."""
+class Inputs:
+    """Everything that was given, read and checked.
 
-    pose: str
-    frame: int
-    person: int
-    body: Tensor
-    out: Path
+    photo: the person of SOURCE. source: what the model reads of it: the photo, or its crop. targets: the poses, on the
+    picture that the model makes, which is `made` (width, height); the output is `size`. donors: the --from options and
+    their persons. cut: edges of the photo that the person reaches.
+    """
+
+    photo: PersonPhoto
+    source: PersonPhoto
+    crop: Crop | None
+    targets: list[Target]
+    size: tuple[int, int]
+    donors: list[tuple[Donor, PersonPhoto]]
+    cut: list[str]
+
+    @property
+    def made(self) -> tuple[int, int]:
+        return self.size if self.crop is None else self.crop.size_model[::-1]
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Read and check everything, then work, then write. Returns the report that --json prints."""
-    started = time.perf_counter()
-    check_options(args)
-    wanted = read_donors(args)
-    from truepose_core.regions import parse_region_weights, region_weights
-
-    omega = region_weights(parse_region_weights(args.region)) if args.region else None
+def prepare(args: argparse.Namespace, console: Console) -> Inputs:
+    """Read and check all pictures and poses. Raises TruePoseError for the first that does not do."""
     networks = Networks(args)
-    source = read_person(
+    wanted = read_donors(args)
+    photo = read_person(
         args.source,
         networks,
         console,
@@ -230,21 +229,34 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         index=args.source_person,
         option="--source-person",
     )
-    cut = tell_cut(source, console)
-    donors = [read_donor(donor, source, networks, console) for donor in wanted]
-    if source.person is None and args.gamma:
-        console.note("--gamma has no effect without --source-pose")
-    photo, crop = source, None
+    cut = tell_cut(photo, console)
+    donors = [(donor, read_donor(donor, photo, networks, console)) for donor in wanted]
+    source, crop = photo, None
     if args.frame is not None and args.paste_back is None:
-        crop = find_crop(source, frame_sizes(args.frame, args.model))
-        source = source.cropped(crop)
+        crop = find_crop(photo, frame_sizes(args.frame, args.model))
+        source = photo.cropped(crop)
     size = output_size(args, source)
     targets = read_targets(args, size, source, networks, console)
     if args.paste_back is not None:
+        # Poses lie on the photo, and the crop shows the person as they were and as they will be.
         crop = find_crop(photo, frame_sizes(args.frame, args.model), [target.body for target in targets])
         source = photo.cropped(crop)
         targets = [replace(target, body=crop.apply_keypoints(target.body)) for target in targets]
     networks.close()
+    return Inputs(photo, source, crop, targets, size, donors, cut)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Read and check everything, then work, then write. Returns the report that --json prints."""
+    started = time.perf_counter()
+    check_options(args)
+    from truepose_core.framing import paste_back
+    from truepose_core.regions import parse_region_weights, region_weights
+
+    omega = region_weights(parse_region_weights(args.region)) if args.region else None
+    given = prepare(args, console)
+    if given.photo.person is None and args.gamma:
+        console.note("--gamma has no effect without --source-pose")
 
     opened = open_model(
         args.model,
@@ -265,16 +277,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "beta": args.beta,
         "gamma": args.gamma,
     }
-    made = size if crop is None else crop.size_model[::-1]
     with memory_errors(opened.device):
         before = time.perf_counter()
-        features = _encode(opened, _shrink(source, made, opened, console), donors, wanted, crop is not None)
+        features = _encode(opened, given, console)
         encoded = time.perf_counter()
-        pictures = _sample(opened, features, targets, made, steps, args.seed, args.batch, options)
+        pictures = _sample(opened, features, given.targets, given.made, steps, args.seed, args.batch, options)
     sampled = time.perf_counter()
     if args.paste_back is not None:
-        pictures = _pasted(photo, pictures, crop, args.paste_back)
-    _write(pictures, targets, Path(args.out), args.overwrite)
+        pictures = [
+            paste_back(given.photo.image, picture, [given.crop], feather=args.paste_back)[0] for picture in pictures
+        ]
+    _write(pictures, given.targets, Path(args.out), args.overwrite)
 
     memory = peak_memory(opened.device)
     seconds = {
@@ -283,31 +296,24 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "sampling": sampled - encoded,
         "total": time.perf_counter() - started,
     }
-    taken = [
-        {"picture": donor.picture, "regions": donor.names, **read.told}
-        for donor, read in zip(wanted, donors, strict=True)
-    ]
-    _tell_about_person(photo, crop, taken, args, console)
-    for target in targets:
+    done = _what_was_done(args, given)
+    _tell_what_was_done(done, console)
+    size = given.size
+    for target in given.targets:
         console.say(f"wrote {target.out} ({size[0]}x{size[1]})")
-    work = f"{len(targets)} pose{'s' * (len(targets) > 1)} x {steps} steps"
+    count = len(given.targets)
+    work = f"{count} pose{'s' * (count > 1)} x {steps} steps"
     console.say(
         f"{seconds['total']:.1f} s in all: model {seconds['model']:.1f} s, source {seconds['source']:.1f} s, "
         f"{work} {seconds['sampling']:.1f} s; {memory_text(memory)}"
     )
     report = {
-        "source": args.source,
-        **photo.told,
-        "cut": cut,
-        "from": taken,
-        "frame": None if crop is None else {"box": crop.box, "size": made, "padded": round(crop.padded, 4)},
-        "paste_back": args.paste_back,
-        "retarget": args.retarget,
+        **done,
         **opened.description,
         "size": list(size),
         "steps": steps,
         "seed": args.seed,
-        "outputs": [{"path": str(t.out), "pose": t.pose, "frame": t.frame, "person": t.person} for t in targets],
+        "outputs": [{"path": str(t.out), "pose": t.pose, "frame": t.frame, "person": t.person} for t in given.targets],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **memory,
     }
@@ -327,163 +333,6 @@ def output_size(args: argparse.Namespace, source: PersonPhoto) -> tuple[int, int
     return args.size or (width, height)
 
 
-def fit_body(body: Tensor, canvas: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Keypoints [18, 3] normalised to a canvas (width, height) -> normalised to a picture of `size`.
-
-    The canvas is scaled by one factor until it fits, and centred; missing keypoints stay as they are.
-    """
-    scale = min(size[0] / canvas[0], size[1] / canvas[1])
-    share = body.new_tensor([canvas[0] * scale / size[0], canvas[1] * scale / size[1]])
-    fitted = body.clone()
-    fitted[:, :2] = (body[:, :2] - 0.5) * share + 0.5
-    return fitted.where(body[:, 2:] > 0, body)
-
-
-def read_targets(
-    args: argparse.Namespace, size: tuple[int, int], source: PersonPhoto, networks: Networks, console: Console
-) -> list[Target]:
-    """All poses on the canvas of `size` (width, height), with the paths of their pictures, which are checked. source:
-    the person as on that canvas, or as in the whole photo. Raises TruePoseError."""
-    from truepose_core.images import IMAGE_SUFFIXES
-    from truepose_core.pose import body_tensor
-
-    out = Path(args.out)
-    found: list[tuple[str, int, int, Tensor]] = []
-    names: list[str] = []
-    for text in args.pose:
-        poses, what, stem = read_poses(text, size, args.estimate_pose, networks, console)
-        wheres = [what + (f", frame {frame}" if len(poses) > 1 else "") for frame in range(len(poses))]
-        people = [
-            choose_person(pose, args.person, where, console, "--person")
-            for pose, where in zip(poses, wheres, strict=True)
-        ]
-        bodies = [
-            fit_body(body_tensor([pose.people[i]])[0], (pose.width, pose.height), size)
-            for pose, i in zip(poses, people, strict=True)
-        ]
-        for body, where in zip(bodies, wheres, strict=True):
-            _check_inside(body, where, size, console, "Does the file lack canvas_width and canvas_height?")
-        if args.retarget is not None:
-            bodies = retargeted(bodies, source, size, args.retarget, args.paste_back is not None, what)
-            for body, where in zip(bodies, wheres, strict=True):
-                _check_inside(body, f"{where}, retargeted,", size, console, "Is the person of SOURCE near its edge?")
-        found += [(text, *each) for each in zip(range(len(poses)), people, bodies, strict=True)]
-        names += [stem + (f"-{frame}" if len(poses) > 1 else "") for frame in range(len(poses))]
-    if len(found) == 1:
-        if out.is_dir():
-            raise TruePoseError(
-                f"--out {out} is a folder, and there is one pose in all; give the picture's path, such as "
-                f"{out / (names[0] + '.png')}"
-            )
-        paths = [check_file(out, args.overwrite, IMAGE_SUFFIXES)]
-    else:
-        if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
-            raise TruePoseError(f"--out {out} is one picture's name, and there are {len(found)} poses; give a folder")
-        paths = check_folder(out, unique_names(names), args.overwrite)
-    return [Target(*each, path) for each, path in zip(found, paths, strict=True)]
-
-
-def read_poses(
-    text: str, size: tuple[int, int], estimate: bool, networks: Networks, console: Console
-) -> tuple[list[Pose], str, str]:
-    """(the frames of one --pose, what to call it in messages, the stem of its pictures' names)."""
-    from truepose_core.pose import read_pose
-
-    if text.startswith(GALLERY):
-        from truepose_core.pose_gallery import NAMES, gallery_pose
-
-        name = text.removeprefix(GALLERY)
-        found = next((n for n in NAMES if n.replace(" ", "-") == name.strip().lower().replace(" ", "-")), None)
-        if found is None:
-            listed = ", ".join(GALLERY + n.replace(" ", "-") for n in NAMES)
-            raise TruePoseError(f"--pose {text}: there is no such pose in the gallery; expected one of {listed}")
-        return [gallery_pose(found, *size)], f"pose {text}", found.replace(" ", "-")
-    path = Path(text)
-    if path.suffix.lower() in PICTURES:
-        if not estimate:
-            raise TruePoseError(f"--pose {text} is a picture; add --estimate-pose, or give its keypoints as JSON")
-        return [networks.pose(load_photo(text, console)[0], f"picture {text}")], f"picture {text}", path.stem
-    return read_pose(text, canvas=size), f"pose file {text}", path.stem
-
-
-def retargeted(
-    bodies: list[Tensor], source: PersonPhoto, size: tuple[int, int], anchor: str, in_photo: bool, where: str
-) -> list[Tensor]:
-    """Bodies [18, 3] on a canvas of `size` (width, height), of one person, on the source person's proportions.
-
-    in_photo: the canvas is the photo of the source, in which the person also keeps their size and place: the anchor of
-    the first body comes to where the source's is. Raises TruePoseError where nothing can be measured.
-    """
-    import torch
-
-    from truepose_core.retarget import retarget
-
-    height, width = source.size
-    fresh = told_where(
-        f"{where} on the proportions of {source.path}",
-        lambda: retarget(
-            torch.stack(bodies),
-            source.body,
-            aspect=size[0] / size[1],
-            source_aspect=width / height,
-            anchor=anchor,
-            size="source" if in_photo else "target",
-            one_person=True,
-        ),
-    )
-    if in_photo:
-        way = torch.zeros(3)
-        way[:2] = anchor_way(fresh[0], source.body[0], anchor)
-        fresh = torch.where(fresh[..., 2:] > 0, fresh + way, fresh)
-    return list(fresh)
-
-
-ANCHOR_JOINTS = {"feet": (10, 13), "hips": (8, 11), "neck": (1,)}
-
-
-def anchor_way(body: Tensor, source: Tensor, anchor: str) -> Tensor:
-    """The way [2] from the anchor of a body [18, 3] to the source's: the lower ankle, the middle of the hips, or the
-    neck; the first that both show."""
-    for name in list(ANCHOR_JOINTS)[list(ANCHOR_JOINTS).index(anchor) :]:
-        places = []
-        for points in (body, source):
-            joints = points[list(ANCHOR_JOINTS[name])]
-            seen = joints[joints[:, 2] > 0, :2]
-            if len(seen):
-                places.append(seen[seen[:, 1].argmax()] if name == "feet" else seen.mean(0))
-        if len(places) == 2:
-            return places[1] - places[0]
-    raise TruePoseError(
-        "the pose and the person of SOURCE have neither ankles, hips nor neck in common, so nobody knows where to put "
-        "the person; leave out --paste-back, or give more keypoints"
-    )
-
-
-def unique_names(stems: list[str]) -> list[str]:
-    """File names for the pictures: <stem>.png, and <stem>-2.png ... for stems that come again."""
-    taken: set[str] = set()
-    names = []
-    for stem in stems:
-        name, copy = stem, 1
-        # Some file systems do not tell upper from lower case.
-        while name.lower() in taken:
-            copy += 1
-            name = f"{stem}-{copy}"
-        taken.add(name.lower())
-        names.append(f"{name}.png")
-    return names
-
-
-def _check_inside(body: Tensor, where: str, size: tuple[int, int], console: Console, hint: str) -> None:
-    visible = body[body[:, 2] > 0, :2]
-    inside = int(((visible >= 0) & (visible <= 1)).all(1).sum())
-    picture = f"the {size[0]}x{size[1]} picture"
-    if not inside:
-        raise TruePoseError(f"all {len(visible)} keypoints of {where} lie outside {picture}. {hint}")
-    if inside < len(visible) / 2:
-        console.note(f"{len(visible) - inside} of {len(visible)} keypoints of {where} lie outside {picture}. {hint}")
-
-
 def _tell_about_model(opened: Opened, console: Console) -> None:
     config = opened.pipe.model.config
     if opened.is_mannequin:
@@ -493,21 +342,34 @@ def _tell_about_model(opened: Opened, console: Console) -> None:
         console.note("without --controlnet this model sees the pose through the regions only, so it may not follow it")
 
 
-def _tell_about_person(
-    photo: PersonPhoto, crop: Crop | None, taken: list[dict[str, Any]], args: argparse.Namespace, console: Console
-) -> None:
-    """What was done with the pictures of people, where it is more than reading files."""
-    if args.parsing is None:
-        console.say(f"parsing of {photo.path}: {photo.told['parsing']}")
-    if args.source_pose is None and photo.person is not None:
-        console.say(f"pose of {photo.path}: {photo.told['pose']}")
-    for each in taken:
-        ways = ", ".join(f"{name} {each[name]}" for name in ("parsing", "pose") if each[name] is not None)
-        console.say(f"{', '.join(each['regions'])} from {each['picture']} ({ways})")
-    if args.retarget is not None:
-        console.say(f"poses on the proportions of the person in {photo.path}, by the {args.retarget}")
-    if crop is not None:
-        console.say(f"framed: {crop.describe()}" + ("; pasted back" if args.paste_back is not None else ""))
+def _what_was_done(args: argparse.Namespace, given: Inputs) -> dict[str, Any]:
+    """The part of the report about the pictures of people."""
+    crop = given.crop
+    return {
+        "source": args.source,
+        "parsing": given.photo.parsing_from,
+        "source_pose": given.photo.pose_from,
+        "cut": given.cut,
+        "from": [
+            {"picture": x.picture, "regions": x.names, "parsing": read.parsing_from, "pose": read.pose_from}
+            for x, read in given.donors
+        ],
+        "retarget": args.retarget,
+        "frame": None if crop is None else {"box": crop.box, "size": crop.size_model[::-1], "told": crop.describe()},
+        "paste_back": args.paste_back,
+    }
+
+
+def _tell_what_was_done(done: dict[str, Any], console: Console) -> None:
+    """`_what_was_done`, for people."""
+    console.say(f"{done['source']}: parsing {done['parsing']}, pose {done['source_pose'] or 'unknown'}")
+    for each in done["from"]:
+        told = f"parsing {each['parsing']}, pose {each['pose'] or 'unknown'}"
+        console.say(f"{', '.join(each['regions'])} from {each['picture']}: {told}")
+    if done["retarget"] is not None:
+        console.say(f"poses on the proportions of the person in {done['source']}, by the {done['retarget']}")
+    if done["frame"] is not None:
+        console.say(f"crop: {done['frame']['told']}{'; pasted back' if done['paste_back'] is not None else ''}")
 
 
 def _shrink(source: PersonPhoto, size: tuple[int, int], opened: Opened, console: Console) -> PersonPhoto:
@@ -524,18 +386,18 @@ def _shrink(source: PersonPhoto, size: tuple[int, int], opened: Opened, console:
     return replace(source, image=image, parsing=source.parsing.resize(*small))
 
 
-def _encode(
-    opened: Opened, source: PersonPhoto, donors: list[PersonPhoto], wanted: list[Donor], framed: bool
-) -> SourceFeatures:
+def _encode(opened: Opened, given: Inputs, console: Console) -> SourceFeatures:
     """The source's features, with the regions that are taken from donors."""
     from truepose_core.combine import combine_sources
 
     def read(person: PersonPhoto) -> SourceFeatures:
         return opened.pipe.encode_source(person.image, person.parsing, person.body, opened.context, opened.pooled)
 
+    source = _shrink(given.source, given.made, opened, console)
     features = read(source)
-    for person, donor in zip(donors, wanted, strict=True):
-        features = combine_sources(features, read(fitted(person, source.size, framed)), donor.shares)
+    for donor, person in given.donors:
+        fresh = read(fitted(person, source.size, framed=given.crop is not None))
+        features = combine_sources(features, fresh, donor.shares)
     return features
 
 
@@ -571,13 +433,6 @@ def _sample(
             ).images
             pictures += images.split(1)
     return pictures
-
-
-def _pasted(photo: PersonPhoto, pictures: list[Tensor], crop: Crop, feather: int) -> list[Tensor]:
-    """The photo with each of the pictures in it."""
-    from truepose_core.framing import paste_back
-
-    return [paste_back(photo.image, picture, [crop], feather=feather)[0] for picture in pictures]
 
 
 def _write(pictures: list[Tensor], targets: list[Target], out: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d, gelu, scaled_dot_product_attention, 
 from truepose_core.errors import TruePoseError
 from truepose_core.framing import Frame, fit
 from truepose_core.pose import LIMBS
-from truepose_core.skeleton import BODY_COLORS, LIMB_BRIGHTNESS, _capsule_distance, _paint_segments
+from truepose_core.skeleton import BODY_COLORS, LIMB_BRIGHTNESS, capsule_distance, paint_segments
 
 KIND = "cfld"
 HEAD_WIDTH = 32
@@ -351,8 +351,8 @@ def pose_maps(body: Tensor, side: int) -> Tensor:
     colors = canvas.new_tensor(BODY_COLORS) / 255
     joints = tuple((i, i) for i in range(18))
     limb_colors = colors[: len(LIMBS)] * LIMB_BRIGHTNESS
-    _paint_segments(canvas, points, LIMBS, limb_colors, LINE_RADIUS * scale, _capsule_distance)
-    _paint_segments(canvas, points, joints, colors, JOINT_RADIUS * scale, _capsule_distance)
+    paint_segments(canvas, points, LIMBS, limb_colors, LINE_RADIUS * scale, capsule_distance)
+    paint_segments(canvas, points, joints, colors, JOINT_RADIUS * scale, capsule_distance)
     return torch.cat([canvas, heat], 1)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.models.cfld_encoder import is_cfld
 from truepose_core.models.config import TruePoseConfig
 from truepose_core.models.model import TruePoseModel
 
@@ -106,12 +107,15 @@ def load_model(path: str | Path = BUNDLED, *, verify: bool = False, vae: str | P
         keys = ", ".join(sorted(tensors)[:3])
         raise TruePoseError(
             f"{path} holds {metadata.get('architecture') or 'another architecture'} (keys such as {keys}); "
-            f"expected a {ARCHITECTURE} model file, or a folder in diffusers format"
+            f"expected a {ARCHITECTURE} model file, or a folder in diffusers format. truepose inspect says what a file "
+            "is, truepose convert makes a model file of other systems' weights"
         )
     if verify and weights_hash(tensors) != metadata.get("sha256"):
         raise TruePoseError(f"{path}: the weights do not match the hash in their metadata; the file was changed")
     if "config" not in metadata:
         raise TruePoseError(f"{path} does not say its configuration in its metadata; get or make it again")
+    if is_cfld(metadata):
+        raise TruePoseError(f"{path} is a CFLD model; load it with truepose_core.models.cfld.load_cfld")
     config = TruePoseConfig.from_json(metadata["config"])
     codec = None
     if config.vae is not None and vae is not None:

@@ -1,7 +1,7 @@
 """Nodes that give tests a model without a file. Installed into the test server only."""
 
 if __package__:
-    from .tiny import make_conditioning, make_model, make_vae
+    from .tiny import make_clip_vision, make_conditioning, make_control_net, make_model, make_vae
 
     class TestModel:
         CATEGORY, FUNCTION = "test", "make"
@@ -14,6 +14,28 @@ if __package__:
 
         def make(self, seed: int, family: str) -> tuple:
             return make_model(seed, family), make_vae(seed)
+
+    class TestControlNet:
+        CATEGORY, FUNCTION = "test", "make"
+        RETURN_TYPES = ("CONTROL_NET",)
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict:
+            return {"required": {"seed": ("INT", {"default": 0}), "family": (["SD15", "SDXL"], {})}}
+
+        def make(self, seed: int, family: str) -> tuple:
+            return (make_control_net(seed, family),)
+
+    class TestCLIPVision:
+        CATEGORY, FUNCTION = "test", "make"
+        RETURN_TYPES = ("CLIP_VISION",)
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict:
+            return {"required": {"seed": ("INT", {"default": 0})}}
+
+        def make(self, seed: int) -> tuple:
+            return (make_clip_vision(seed),)
 
     class TestConditioning:
         CATEGORY, FUNCTION = "test", "make"
@@ -54,6 +76,8 @@ if __package__:
 
     NODE_CLASS_MAPPINGS = {
         "TestModel": TestModel,
+        "TestControlNet": TestControlNet,
+        "TestCLIPVision": TestCLIPVision,
         "TestConditioning": TestConditioning,
         "TestImage": TestImage,
     }

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
 import torch
 
 WIDTH, CONTEXT, HEADS = 32, 48, 2
+CLIP_EMBEDDING = 40
 
 
 def _fill(module: torch.nn.Module, seed: int) -> None:
@@ -45,6 +50,18 @@ def unet_config(**changes: object) -> dict:
     return {**config, **changes}
 
 
+SDXL = {
+    "channel_mult": [1, 2, 4],
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth": [0, 0, 2, 2, 3, 3],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+    "transformer_depth_middle": 3,
+    "use_linear_in_transformer": True,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
+
+
 def make_model(seed: int = 0, family: str = "SD15", **changes: object):
     """A ModelPatcher: "SD15" (also with in_channels=9 for inpainting), "SD20" or "SDXL" (shape only)."""
     import comfy.model_management
@@ -52,17 +69,7 @@ def make_model(seed: int = 0, family: str = "SD15", **changes: object):
     import comfy.supported_models
 
     if family == "SDXL":
-        changes = {
-            "channel_mult": [1, 2, 4],
-            "num_res_blocks": [2, 2, 2],
-            "transformer_depth": [0, 0, 2, 2, 3, 3],
-            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
-            "transformer_depth_middle": 3,
-            "use_linear_in_transformer": True,
-            "adm_in_channels": 2816,
-            "num_classes": "sequential",
-            **changes,
-        }
+        changes = {**SDXL, **changes}
     config = getattr(comfy.supported_models, family)(unet_config(**changes))
     # The class writes its full-size heads over the ones asked for.
     config.unet_config["num_heads"] = HEADS
@@ -97,6 +104,48 @@ def make_vae(seed: int = 0):
     first = AutoencoderKL(**config["params"])
     _fill(first, seed)
     return comfy.sd.VAE(sd=first.state_dict(), config=config)
+
+
+def make_control_net(seed: int = 0, family: str = "SD15"):
+    """A ControlNet for `make_model` of that family, its zero convolutions filled too."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+    import comfy.ops
+
+    config = unet_config(**(SDXL if family == "SDXL" else {}))
+    for unwanted in ("out_channels", "transformer_depth_output"):
+        config.pop(unwanted)
+    config.update(hint_channels=3, num_heads=HEADS, num_head_channels=-1)
+    net = comfy.cldm.cldm.ControlNet(**config, operations=comfy.ops.disable_weight_init, device="cpu")
+    _fill(net, seed)
+    return comfy.controlnet.ControlNet(
+        net, load_device=comfy.model_management.get_torch_device(), manual_cast_dtype=None
+    )
+
+
+def make_clip_vision(seed: int = 0):
+    """A CLIP_VISION of the host's own class with a grid of 4 x 4 patches."""
+    import comfy.clip_vision
+
+    config = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 192,
+        "hidden_act": "gelu",
+        "image_size": 32,
+        "patch_size": 8,
+        "num_channels": 3,
+        "projection_dim": CLIP_EMBEDDING,
+        "model_type": "clip_vision_model",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vision.json"
+        path.write_text(json.dumps(config))
+        vision = comfy.clip_vision.ClipVisionModel(str(path))
+    _fill(vision.model, seed)
+    return vision
 
 
 def make_conditioning(seed: int = 0, tokens: int = 7, width: int = CONTEXT) -> list:
