@@ -23,7 +23,8 @@ OUTWARDS = (Region.SKIN, Region.LOWER, Region.UPPER, Region.FACE, Region.HAIR, R
 class CombinedFeatures(SourceFeatures):
     """Features of several sources, one behind the other at every site; made by `combine_sources` (ours).
 
-    sites: [B, M1 + M2 + ..., C]. parsing, body, image, latent_size: those of the first part. parts: the sources.
+    sites: [B, M1 + M2 + ..., C]. parsing, body, image, context, latent_size: those of the first
+    part. parts: the sources.
     weights: [K, 7] in [0, 1], how much of each region is read from each part. A token's region row is scaled by its
     part's weights, so w(j) = sum_r omega_r weight_r R(j, r), and tokens of regions that are not taken are dropped.
     """
@@ -122,6 +123,10 @@ def combine_sources(
         raise TruePoseError(
             f"the source holds {source.batch} pictures and the donor {donor.batch}; expected as many, or 1 of either"
         )
+    if source.latent is not None or donor.latent is not None:
+        raise TruePoseError(
+            "this model reads its source anew at every step, so sources cannot be combined; leave the donor out"
+        )
     if not bool(share.any()):
         return source
     if bool((share == 1).all()):
@@ -150,6 +155,7 @@ def combine_sources(
         first.body,
         _region_tokens([p.caa for p in parts], table, batch),
         first.image,
+        first.context,
         parts=(first, *parts[1:]),
         weights=table,
     )
@@ -167,6 +173,7 @@ def _repeated(features: SourceFeatures, batch: int) -> SourceFeatures:
         body=many(features.body),
         caa=None if caa is None else RegionTokens(many(caa.tokens), many(caa.shown)),
         image=many(features.image),
+        context=many(features.context),
     )
 
 

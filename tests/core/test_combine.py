@@ -146,6 +146,8 @@ def test_what_does_not_fit_is_refused(both):
     source, donor = both
     with pytest.raises(TruePoseError, match="mannequin model and the donor with a sd15 model"):
         combine_sources(source, replace(donor, family="sd15"), only("upper"))
+    with pytest.raises(TruePoseError, match="anew at every step"):
+        combine_sources(source, replace(donor, latent=torch.zeros(1, 4, 8, 8)), only("upper"))
     with pytest.raises(TruePoseError, match="from 0 to 1"):
         combine_sources(source, donor, [2.0] * 7)
     bare = donor.parsing.masks.clone()
@@ -153,6 +155,11 @@ def test_what_does_not_fit_is_refused(both):
     bare[:, Region.ACCESSORY] = 0
     with pytest.raises(TruePoseError, match="shows none of accessory"):
         combine_sources(source, replace(donor, parsing=HumanParsing(bare)), only("accessory"))
+
+
+def test_the_first_persons_embedding_is_kept(both):
+    source, donor = (replace(x, context=torch.full((1, 1, 8), float(i))) for i, x in enumerate(both))
+    assert torch.equal(combine_sources(source, donor, only("upper")).context, source.context)
 
 
 def test_it_moves_as_a_whole(both):
