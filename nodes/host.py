@@ -106,6 +106,11 @@ class HostFeatures(SourceFeatures):
 class CombinedHostFeatures(CombinedFeatures, HostFeatures):
     """Several sources in one, as `combine_sources` makes them of HostFeatures."""
 
+    @property
+    def nothing(self) -> HostFeatures | None:
+        """The first part's: a picture of zeros is nobody's."""
+        return self.parts[0].nothing
+
     def get_ram_usage(self) -> int:
         """Bytes: the joined tokens, and the parts', which other nodes may hold too."""
         return self.nbytes + sum(part.get_ram_usage() for part in self.parts)

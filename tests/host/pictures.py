@@ -105,8 +105,10 @@ def shown(server: Server, workflow: dict) -> list:
         elif slot >= 0:
             seen.append(f"{key} seen")
             prompt[seen[-1]] = {"class_type": "PreviewImage", "inputs": {"images": [key, slot]}}
+    # What comes out of the cache is listed under the node that first made it.
+    server.post("/free", {"unload_models": True, "free_memory": True})
     entry = server.run(prompt)
-    found = [one for key in seen for one in server.images(entry, key)]
+    found = [one for key in seen if key in entry["outputs"] for one in server.images(entry, key)]
     first = {one.tobytes(): one for one in reversed(found)}  # a photo that is loaded twice is shown once
     return [Image.fromarray(one) for one in reversed(first.values())]
 
