@@ -9,7 +9,8 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.models.cfld_encoder import cfld_frame
 
-from . import host_cfld, host_files, host_guider, host_model
+from . import host_cfld, host_guider, host_model
+from .model import file_paths, file_stamps
 from .schema import PoseKeypoint, schema, to_core, to_host
 from .source import bodies
 
@@ -25,14 +26,20 @@ class LoadCFLD(io.ComfyNode):
         return schema(
             node_id="TruePoseLoadCFLD",
             display_name="Load CFLD",
-            description="Loads a CFLD pose transfer model that was converted with `truepose convert`.",
+            description="Loads a CFLD pose transfer model: its two files as published, or a converted one.",
             search_aliases=["coarse-to-fine latent diffusion", "pose transfer", "load model"],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host_files.files(".safetensors") or [NO_FILE],
-                    tooltip="A converted CFLD file (.safetensors) in models/truepose.",
-                )
+                    options=host_model.model_files()[1:] or [NO_FILE],
+                    tooltip="In models/truepose: a converted CFLD file, or pytorch_model.bin as published.",
+                ),
+                io.String.Input(
+                    "more_files",
+                    default="",
+                    optional=True,
+                    tooltip="The second published file, pytorch_model_1.bin. Leave it empty for a converted file.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -46,15 +53,14 @@ class LoadCFLD(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None = None) -> str:
+    def fingerprint_inputs(cls, file: str | None = None, more_files: str | None = "") -> str:
         if not file or file == NO_FILE:
             return ""
-        path = host_model.model_path(file)
-        return f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}"
+        return file_stamps(file_paths(file, more_files or ""))
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(*host_cfld.load(host_model.model_path(file)))
+    def execute(cls, file: str, more_files: str = "") -> io.NodeOutput:
+        return io.NodeOutput(*host_cfld.load(file_paths(file, more_files)))
 
 
 class ApplyCFLD(io.ComfyNode):

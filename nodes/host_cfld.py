@@ -6,8 +6,9 @@ on their cross-attention's queries and the pose; all other rows get what CFLD le
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -281,25 +282,37 @@ class _HostConfig(comfy.supported_models.SD15):
         return False
 
 
-def load(path: Path) -> tuple[object, CFLDEncoders]:
-    """(MODEL, encoders) of a converted CFLD file. Raises TruePoseError when it is missing, truncated or of another
-    kind, or when a weight is missing, unknown or of another shape."""
+def load(paths: Sequence[Path]) -> tuple[object, CFLDEncoders]:
+    """(MODEL, encoders) of a converted CFLD file, or of its two files as published. Raises TruePoseError when one is
+    missing, truncated or of another kind, or when a weight is missing, unknown or of another shape."""
     from safetensors.torch import load_file
 
-    metadata = read_metadata(path)
-    if not is_cfld(metadata):
-        raise TruePoseError(
-            f"{path.name} is no CFLD model file; make one of CFLD's two files with `truepose convert pytorch_model.bin "
-            "pytorch_model_1.bin --out FILE` and put it into models/truepose"
-        )
-    config = CFLDConfig.from_json(metadata["config"])
+    path = paths[0]
+    if len(paths) == 1 and path.suffix == ".safetensors":
+        metadata = read_metadata(path)
+        if not is_cfld(metadata):
+            raise TruePoseError(
+                f"{path.name} is no CFLD model file; choose a converted one, or CFLD's two files: pytorch_model.bin "
+                "here and pytorch_model_1.bin in more_files"
+            )
+        return _make(CFLDConfig.from_json(metadata["config"]), load_file(path), path.name)
+    from truepose_core.models.importing.convert import opened
+
+    with opened(paths, whole=False) as (found, weights):
+        config = json.dumps(found.plan.config)
+        if not is_cfld({"config": config}):
+            raise TruePoseError(f"these files are of {found.title}; load them with Load TruePose Model")
+        return _make(CFLDConfig.from_json(config), weights, " and ".join(p.name for p in paths))
+
+
+def _make(config: CFLDConfig, found: Mapping[str, Tensor], where: str) -> tuple[object, CFLDEncoders]:
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "target_net": {}}
-    for name, x in load_file(path).items():
+    for name, x in found.items():
         head, _, rest = name.partition(".")
         parts.setdefault(head, {})[rest] = x
     strange = sorted(set(parts) - {"encoder", "target_net"})
     if strange:
-        raise TruePoseError(f"{path.name} has weights of unknown parts: {', '.join(strange)}; convert it again")
+        raise TruePoseError(f"{where} has weights of unknown parts: {', '.join(strange)}; convert it again")
     settings = _HostConfig(config)
     device = comfy.model_management.get_torch_device()
     count = sum(x.numel() for x in parts["target_net"].values())
@@ -313,8 +326,8 @@ def load(path: Path) -> tuple[object, CFLDEncoders]:
     names = comfy.utils.unet_to_diffusers(settings.unet_config)
     # A name that the host's UNet lacks keeps its own, so that the message can show it.
     weights = {names.get(k, k): x for k, x in parts["target_net"].items()}
-    load_strict(model.diffusion_model, weights, f"{path.name}, target_net")
+    load_strict(model.diffusion_model, weights, f"{where}, target_net")
     encoder = CFLDEncoder(config)
-    load_strict(encoder, parts["encoder"], f"{path.name}, encoder")
+    load_strict(encoder, parts["encoder"], f"{where}, encoder")
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
     return patcher, CFLDEncoders(config, encoder, host_sites(settings.unet_config))

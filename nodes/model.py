@@ -130,8 +130,7 @@ class LoadModel(io.ComfyNode):
     def fingerprint_inputs(cls, file: str | None = None, more_files: str | None = "", **_: object) -> str:
         if not file:
             return ""
-        paths = _paths(file, more_files or "")
-        return " ".join(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in paths)
+        return file_stamps(file_paths(file, more_files or ""))
 
     @classmethod
     def execute(
@@ -146,7 +145,7 @@ class LoadModel(io.ComfyNode):
         if (width == 0) != (height == 0):
             raise TruePoseError(f"width is {width} and height {height}; give both, or 0 for both")
         loaded = host_model.load_files(
-            _paths(file, more_files),
+            file_paths(file, more_files),
             _choices(choices),
             host_model.kept_path(keep_as) if keep_as.strip() else None,
             (height, width) if width else None,
@@ -155,9 +154,15 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(loaded.target, loaded.source, loaded.vae, loaded.adapter, empty)
 
 
-def _paths(file: str, more_files: str) -> list[Path]:
+def file_paths(file: str, more_files: str) -> list[Path]:
+    """The files named, one and more of them a line each. Raises TruePoseError for one that is not there."""
     names = [file, *(line.strip() for line in more_files.splitlines() if line.strip())]
     return [host_model.model_path(name) for name in names]
+
+
+def file_stamps(paths: list[Path]) -> str:
+    """What changes when a file does."""
+    return " ".join(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in paths)
 
 
 def _choices(text: str) -> dict[str, str]:

@@ -262,5 +262,29 @@ def test_wrong_connections_are_named() -> None:
 def test_other_files_are_refused() -> None:
     from truepose_core.models.store import bundled_path
 
-    with pytest.raises(TruePoseError, match=r"truepose convert pytorch_model.bin"):
-        host_cfld.load(bundled_path())
+    with pytest.raises(TruePoseError, match=r"pytorch_model_1.bin in more_files"):
+        host_cfld.load([bundled_path()])
+
+
+def test_the_published_files_give_the_same_model(tmp_path: Path) -> None:
+    """Names as published: the UNet under "model.", the encoders' stages with their downsampling at the end."""
+    weights = reference().state_dict()
+    encoders, unet = {}, {}
+    for name, x in weights.items():
+        net, _, key = name.partition(".")
+        if net == "target_net":
+            unet[f"model.{key}"] = x
+        elif net == "encoder":
+            for i in range(1, 4):
+                key = key.replace(f"layers.{i}.downsample", f"layers.{i - 1}.downsample")
+            encoders[key] = x
+    folder = Path(folder_paths.get_folder_paths("truepose")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, tensors in enumerate((encoders, unet)):
+        torch.save({k: x.clone() for k, x in tensors.items()}, folder / f"published_{number}.bin")
+    model, encoder = LoadCFLD.execute("published_0.bin", "published_1.bin").result
+    ours, ready = loaded()
+    for a, b in ((model.model.diffusion_model, ours.model.diffusion_model), (encoder._encoder, ready._encoder)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    with pytest.raises(TruePoseError, match=r"add its UNet \(pytorch_model_1.bin"):
+        LoadCFLD.execute("published_0.bin")
