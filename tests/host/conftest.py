@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,16 @@ def host() -> Host:
     """The ComfyUI under test."""
     assert HOST is not None
     return HOST
+
+
+@pytest.fixture(scope="session")
+def photo_libraries(host: Host) -> None:
+    """Skip where the host's Python lacks what nodes for photographs want: the pack does not install it."""
+    probe = subprocess.run([str(host.python), "-c", "import cv2, onnxruntime"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(
+            f"nodes for photographs want onnxruntime and OpenCV: {host.python} -m pip install onnxruntime opencv-python"
+        )
 
 
 @pytest.fixture(scope="session")

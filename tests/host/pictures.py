@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 from browser import Browser
@@ -62,8 +63,6 @@ ROOM = (0, 50, 1600, 790)
 
 def graph_picture(server: Server, file: Path) -> object:
     """The graph alone, as a PIL image."""
-    import time
-
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder, Browser(server, Path(folder) / "profile") as page:
@@ -105,8 +104,9 @@ def shown(server: Server, workflow: dict) -> list:
         elif slot >= 0:
             seen.append(f"{key} seen")
             prompt[seen[-1]] = {"class_type": "PreviewImage", "inputs": {"images": [key, slot]}}
-    # What comes out of the cache is listed under the node that first made it.
+    # What comes out of the cache is listed under the node that first made it; the server empties it when idle.
     server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)
     entry = server.run(prompt)
     found = [one for key in seen if key in entry["outputs"] for one in server.images(entry, key)]
     first = {one.tobytes(): one for one in reversed(found)}  # a photo that is loaded twice is shown once
