@@ -21,7 +21,8 @@ One guided step: a positive and a negative row, through the host's own guider an
 * counted: FLOPs of the step over those of the plain step, by torch's FlopCounterMode; timed: the same in {clock}.
 * person: only the source tokens of the person, {person:.0%} of them, are read. "negative row without" is Apply HPFA's
   default: the negative prompt's row does not see the source. Region match adds 8 channels per head.
-* extra peak: memory held at most in a step above that of the plain step, {dtype}. The source's features themselves are {source_mb:,.0f} MB ({source_dtype}), half of that in float16.
+* extra peak: memory held at most in a step above that of the plain step, {dtype}.
+  The source's features themselves are {source_mb:,.0f} MB ({source_dtype}), half of that in float16.
 * source read at every step: one more pass of the UNet per step, as a patch that keeps nothing would need."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def describe(reader: CheckpointReader) -> dict[str, Any]:
     """One file for machines: kind, tensors, types, size, metadata, parts by family, and what it is good for."""
+    from truepose_core.cli.conditions import command_line
+    from truepose_core.cli.opening import ModelChoice, parse_config
     from truepose_core.models.importing import FAMILIES
     from truepose_core.models.importing.convert import not_recognised
     from truepose_core.models.importing.kinds import describe as kind_of
@@ -84,15 +88,19 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
     ours = architecture == ARCHITECTURE or "converter" in reader.metadata
     parts = [] if ours else [(family, part) for family in FAMILIES for part in family.recognise(0, infos)]
     kind = kind_of(infos)
-    why_not = ""
+    why_not = command = ""
     try:
         refuse_quantised(infos, str(reader.path))
+        if architecture == ARCHITECTURE and "config" in reader.metadata:
+            model = ModelChoice((str(reader.path),), parse_config(reader.metadata["config"]))
+            command = command_line(model)
     except TruePoseError as error:
         why_not = str(error)
     if architecture == ARCHITECTURE:
-        use = f"a model of this package: --model {reader.path}, or Load TruePose Model in ComfyUI"
+        node = "Load CFLD" if command and model.is_cfld else "Load TruePose Model"
+        use = f"a model of this package: --model {reader.path}, or {node} in ComfyUI"
     elif ours:
-        use = f"converted already: {reader.metadata.get('title', architecture)}"
+        use = f"converted already: {reader.metadata.get('title', architecture)}, for Load CAA Adapter in ComfyUI"
     elif parts:
         use = "truepose convert, together with the other files of its system"
     else:
@@ -108,6 +116,7 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         "looks_like": None if ours or kind is None else kind.name,
         "parts": [{"family": f.name, "title": f.title, "role": p.role, "prefix": p.prefix} for f, p in parts],
         "use": use,
+        "command": command,
         "why_not": why_not,
         "metadata": reader.metadata,
         "not_read": reader.skipped,
@@ -115,17 +124,26 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def together(files: list[str], choices: dict[str, str]) -> dict[str, Any]:
-    """Whether all files make up one model. "verdict": a line for people."""
+    """Whether all files make up one model. "verdict": for people. "command": what uses the files as they are, "" for
+    what is no model of its own."""
+    from truepose_core.cli.conditions import command_line
+    from truepose_core.cli.opening import ModelChoice, parse_config
     from truepose_core.models.importing.convert import find
+    from truepose_core.models.store import ARCHITECTURE
 
     try:
         found = find(files, choices)
     except TruePoseError as error:
-        return {"convertible": False, "verdict": f"cannot be converted: {error}"}
-    options = "".join(f" --choose {name}={value}" for name, value in choices.items())
-    names = " ".join(str(Path(file)) for file in files)
-    command = f"truepose convert {names}{options} --out model.safetensors"
-    return {"convertible": True, "family": found.plan.family, "verdict": f"{found.title}, complete: {command}"}
+        return {"convertible": False, "verdict": f"cannot be converted: {error}", "command": ""}
+    options = "".join(f" --choose {shlex.quote(f'{name}={value}')}" for name, value in choices.items())
+    names = " ".join(shlex.quote(str(Path(file))) for file in files)
+    verdict = f"{found.title}, complete: truepose convert {names}{options} --out model.safetensors"
+    command = ""
+    if found.plan.metadata.get("architecture", ARCHITECTURE) == ARCHITECTURE:
+        config = parse_config(json.dumps(found.plan.config))
+        command = command_line(ModelChoice(tuple(map(str, files)), config, True, choices))
+        verdict += f"\nor as they are: {command}"
+    return {"convertible": True, "family": found.plan.family, "verdict": verdict, "command": command}
 
 
 SHORT = 160
@@ -142,6 +160,8 @@ def lines(file: dict[str, Any]) -> list[str]:
         under = f" under {part['prefix']}" if part["prefix"] else ""
         rows.append(("found", f"{part['title']}: {part['role']}{under}"))
     rows.append(("good for", file["use"]))
+    if file["command"]:
+        rows.append(("command", file["command"]))
     if file["why_not"]:
         rows.append(("but", file["why_not"]))
     for name, value in sorted(file["metadata"].items()):

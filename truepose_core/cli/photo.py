@@ -20,6 +20,7 @@ from truepose_core.errors import TruePoseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from truepose_core.cli.opening import ModelChoice
     from truepose_core.framing import Box, Crop
     from truepose_core.parsing import HumanParsing
     from truepose_core.parsing.onnx_parser import MergedParser, PhotoParser
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 KEYPOINTS = "keypoints"
 """The parser that needs no network."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 AUTO = "auto"
 MARGIN = 0.1
 """What a crop leaves free around a person on each side, in the longer side."""
@@ -136,10 +138,10 @@ def frame_size(text: str) -> str | tuple[int, int]:
     return AUTO if text == AUTO else picture_size(text)
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace, needs_parsing: bool = True) -> None:
     """Raise TruePoseError for options that contradict each other, before any file is read."""
     finds_pose = args.source_pose is not None or args.estimate_pose
-    if args.parsing is None and args.parser is None:
+    if needs_parsing and args.parsing is None and args.parser is None:
         raise TruePoseError(NO_PARSING)
     if args.parsing is not None and args.parser is not None:
         raise TruePoseError(
@@ -166,15 +168,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PersonPhoto:
-    """A picture of a person. image: [1, 3, H, W] in [0, 1]. parsing: of the same size. person: normalised keypoints,
-    None where they are not known. parsing_from, pose_from: where these come from, for people. size_in_file: (width,
-    height) of the file."""
+    """A picture of a person. image: [1, 3, H, W] in [0, 1]. parsing: of the same size. person: normalised keypoints.
+    Both are None where they are not known. parsing_from, pose_from: where these come from, for people. size_in_file:
+    (width, height) of the file."""
 
     path: str
     image: Tensor
-    parsing: HumanParsing
+    parsing: HumanParsing | None
     person: Person | None
-    parsing_from: str
+    parsing_from: str | None
     pose_from: str | None
     size_in_file: tuple[int, int]
 
@@ -201,9 +203,8 @@ class PersonPhoto:
         """The crop; outside of the photo it shows the crop's own mean colour."""
         fill = crop.view(self.image).mean((0, 2, 3)).tolist()
         person = None if self.person is None else crop.apply_person(self.person)
-        return replace(
-            self, image=crop.apply(self.image, fill), parsing=crop.apply_parsing(self.parsing), person=person
-        )
+        parsing = None if self.parsing is None else crop.apply_parsing(self.parsing)
+        return replace(self, image=crop.apply(self.image, fill), parsing=parsing, person=person)
 
 
 class Networks:
@@ -266,8 +267,8 @@ def read_person(
     index: int | None = None,
     option: str | None = None,
 ) -> PersonPhoto:
-    """The person of a picture. parsing, pose: their files, or None for what --parser and --estimate-pose give. index:
-    which person, the largest by default. option: the one that chooses another.
+    """The person of a picture. parsing, pose: their files, or None for what --parser and --estimate-pose give, if
+    anything. index: which person, the largest by default. option: the one that chooses another.
 
     Raises TruePoseError when the picture shows nobody, or files are of another picture.
     """
@@ -286,6 +287,8 @@ def read_person(
         _tell_missing(person, path, console)
     if parsing is not None:
         masks, parsing_from = read_parsing(parsing, networks.args.parsing_labels, path, in_file, size, console), parsing
+    elif networks.args.parser is None:
+        masks = parsing_from = None
     else:
         masks, parsing_from = make_parsing(image, person, path, networks)
     return PersonPhoto(path, image, masks, person, parsing_from, pose_from, in_file)
@@ -342,7 +345,7 @@ def read_parsing(
     if parsing.is_empty:
         raise TruePoseError(f"label map {path} shows nobody: every pixel is background. Check it, or --parsing-labels")
     own_h, own_w = parsing.size
-    if _other_shape((own_w, own_h), in_file):
+    if other_shape((own_w, own_h), in_file):
         raise TruePoseError(
             f"label map {path} is {own_w}x{own_h} pixels and {source} is {in_file[0]}x{in_file[1]}; "
             "expected a map of that picture, of the same shape"
@@ -360,7 +363,7 @@ def read_source_person(
     from truepose_core.pose import read_pose
 
     pose = read_pose(path, canvas=size)[0]
-    if _other_shape((pose.width, pose.height), size):
+    if other_shape((pose.width, pose.height), size):
         raise TruePoseError(
             f"pose file {path} has a canvas of {pose.width}x{pose.height} and the source is {size[0]}x{size[1]}; "
             "expected the pose of that picture"
@@ -384,7 +387,8 @@ def choose_person(pose: Pose, index: int | None, where: str, console: Console, o
     return chosen
 
 
-def _other_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def other_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two (width, height) have another aspect ratio, beyond what rounding does."""
     return abs(math.log((one[0] / one[1]) / (other[0] / other[1]))) > CANVAS_SLACK
 
 
@@ -400,24 +404,27 @@ def _tell_missing(person: Person, path: str, console: Console) -> None:
 # ---------------------------------------------------------------------------------------------------- framing
 
 
-def frame_sizes(frame: str | tuple[int, int], model: str) -> tuple[tuple[int, int], ...]:
-    """The (height, width) that --frame chooses from. auto: what suits the model that --model names, which is read
-    without opening it. Raises TruePoseError when it does not say."""
+def frame_sizes(frame: str | tuple[int, int], model: ModelChoice) -> tuple[tuple[int, int], ...]:
+    """The (height, width) that --frame chooses from. auto: what suits the model. Raises TruePoseError when it does not
+    say."""
     return model_sizes(model) if frame == AUTO else (frame[::-1],)
 
 
-def model_sizes(name: str) -> tuple[tuple[int, int], ...]:
-    """The (height, width) of pictures that suit a model. Raises TruePoseError when its files do not say."""
+def model_sizes(model: str | ModelChoice) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of pictures that suit a model, or what --model names. Raises TruePoseError when its files do
+    not say."""
     import json
 
+    from truepose_core.cli.opening import find_model
     from truepose_core.framing import BUCKETS
-    from truepose_core.models.config import TruePoseConfig
-    from truepose_core.models.store import BUNDLED, bundled_path, read_metadata
+    from truepose_core.models.cfld_encoder import PICTURE
 
-    if Path(name).is_dir():
+    model = find_model([model]) if isinstance(model, str) else model
+    config = model.config
+    if model.is_folder:
         from truepose_core.models.folder import family_of
 
-        file = Path(name) / "unet" / "config.json"
+        file = Path(model.name) / "unet" / "config.json"
         try:
             unet = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -425,11 +432,8 @@ def model_sizes(name: str) -> tuple[tuple[int, int], ...]:
                 f"{file.parent} has no config.json that can be read; expected a folder in diffusers format"
             ) from error
         return BUCKETS["SDXL" if family_of(unet) == "sdxl" else "SD1.5"]
-    path = bundled_path() if name == BUNDLED else Path(name)
-    metadata = read_metadata(path)
-    if "config" not in metadata:
-        raise TruePoseError(f"{path} does not say which size suits it; is it a model of this package? Or --frame WxH")
-    config = TruePoseConfig.from_json(metadata["config"])
+    if model.is_cfld:
+        return ((config.size, config.size * PICTURE[1] // PICTURE[0]),)
     height, width = config.size
     scale = max(1, round(SHOWN_HEIGHT / height)) if config.codec == "pixels" else 1
     return ((height * scale, width * scale),)
@@ -447,9 +451,11 @@ def find_crop(photo: PersonPhoto, sizes: Sequence[tuple[int, int]], others: Sequ
 
 
 def tell_cut(photo: PersonPhoto, console: Console) -> list[str]:
-    """The edges that the person reaches, which are said."""
+    """The edges that the person reaches, as far as is known, which are said."""
     from truepose_core.framing import cut_sides
 
+    if photo.parsing is None and photo.person is None:
+        return []
     sides = cut_sides(photo.box, photo.size)
     if sides:
         console.note(

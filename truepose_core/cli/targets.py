@@ -1,4 +1,5 @@
-"""The poses to show: from pose files, the gallery or pictures, on the source person's proportions if asked for."""
+"""The poses to show: from pose files, the gallery or pictures, on the source person's proportions if asked for; or from
+pose maps alone."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from truepose_core.cli.conditions import PoseMaps, load_map
 from truepose_core.cli.console import Console, check_file, check_folder
-from truepose_core.cli.photo import Networks, PersonPhoto, choose_person, load_photo, told_where
+from truepose_core.cli.photo import PICTURES, Networks, PersonPhoto, choose_person, load_photo, told_where
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
@@ -18,18 +20,19 @@ if TYPE_CHECKING:
 
 GALLERY = "gallery:"
 """How a --pose begins that names a ready pose."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
 @dataclass(frozen=True)
 class Target:
-    """One pose to show. pose: what --pose says. body: [18, 3] keypoints, normalised to the picture that is made."""
+    """One pose to show. pose, frame, person: what --pose says, and which of it. body: [18, 3] keypoints, normalised to
+    the picture that is made. All are None where the maps, name -> file, say everything."""
 
-    pose: str
-    frame: int
-    person: int
-    body: Tensor
+    pose: str | None
+    frame: int | None
+    person: int | None
+    body: Tensor | None
     out: Path
+    maps: dict[str, Path]
 
 
 def fit_body(body: Tensor, canvas: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -45,16 +48,24 @@ def fit_body(body: Tensor, canvas: tuple[int, int], size: tuple[int, int]) -> Te
 
 
 def read_targets(
-    args: argparse.Namespace, size: tuple[int, int], source: PersonPhoto, networks: Networks, console: Console
+    args: argparse.Namespace,
+    size: tuple[int, int],
+    source: PersonPhoto,
+    maps: PoseMaps,
+    networks: Networks,
+    console: Console,
 ) -> list[Target]:
-    """All poses on the canvas of `size` (width, height), with the paths of their pictures, which are checked. source:
-    the person as on that canvas, or as in the whole photo. Raises TruePoseError."""
+    """All poses on the canvas of `size` (width, height), with their maps and the paths of their pictures, which are
+    checked. source: the person as on that canvas, or as in the whole photo. Raises TruePoseError."""
     from truepose_core.images import IMAGE_SUFFIXES
     from truepose_core.pose import body_tensor
 
     out = Path(args.out)
-    found: list[tuple[str, int, int, Tensor]] = []
+    found: list[tuple[str | None, int | None, int | None, Tensor | None]] = []
     names: list[str] = []
+    if not args.pose:
+        names = list(maps.poses)
+        found = [(None, None, None, None)] * len(names)
     for text in args.pose:
         poses, what, stem = read_poses(text, size, args.estimate_pose, networks, console)
         wheres = [what + (f", frame {frame}" if len(poses) > 1 else "") for frame in range(len(poses))]
@@ -87,7 +98,11 @@ def read_targets(
         if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
             raise TruePoseError(f"--out {out} is one picture's name, and there are {len(found)} poses; give a folder")
         paths = check_folder(out, unique_names(names), args.overwrite)
-    return [Target(*each, path) for each, path in zip(found, paths, strict=True)]
+    files = [maps.of(name, len(names)) for name in names]
+    for each in files:
+        for name, path in each.items():
+            load_map(path, name, size[::-1])
+    return [Target(*each, path, own) for each, path, own in zip(found, paths, files, strict=True)]
 
 
 def read_poses(

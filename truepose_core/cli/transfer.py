@@ -9,6 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truepose_core.cli.conditions import (
+    PoseMaps,
+    add_condition_arguments,
+    canvas_size,
+    check_condition_options,
+    check_keypoints,
+    choose_guidance,
+    choose_maps,
+    default_strength,
+    read_canvas,
+    reads_parsing,
+)
 from truepose_core.cli.console import (
     MAX_SIDE,
     Console,
@@ -20,11 +32,14 @@ from truepose_core.cli.console import (
     picture_size,
     whole,
 )
+from truepose_core.cli.convert import parse_choices
 from truepose_core.cli.opening import (
     MANNEQUINS_ONLY,
+    ModelChoice,
     Opened,
     add_folder_arguments,
-    add_model_argument,
+    add_model_arguments,
+    choose_model,
     memory_errors,
     open_model,
     progress,
@@ -53,13 +68,16 @@ if TYPE_CHECKING:
 
     from truepose_core.features import SourceFeatures
     from truepose_core.framing import Crop
+    from truepose_core.models.cfld import CFLDSource
+    from truepose_core.parsing import HumanParsing
 
 HELP = "show the person of one picture in one or more poses"
 DESCRIPTION = """\
 Show the person of SOURCE in the poses of one or more files. The source is read once, whatever the number of poses.
 
 Needed beside the picture: its human parsing (which pixel shows the face, the hair, the clothes ...), as a file or made
-by --parser. Better results come with the person's own keypoints (--source-pose, or --estimate-pose).
+by --parser. Better results come with the person's own keypoints (--source-pose, or --estimate-pose). Models of other
+systems (AnimateAnyone, champ, Leffa, CFLD) work as published without either; with them, regions can be weighed.
 """
 EPILOG = """\
 output:
@@ -81,6 +99,13 @@ poses:
   gallery:NAME is a ready pose, such as gallery:walking or gallery:hands-on-hips; a wrong name lists them all
   with --estimate-pose a picture of somebody is a pose too
 
+models of other systems:
+  --model takes their weight files as they were published, or what truepose convert wrote; `truepose inspect FILE...`
+  says the command line for a file. Guidance scales are the published ones unless given
+  --pose-map NAME=PICTURE  what a model reads beside or instead of --pose; of the picture's aspect ratio
+  --pose-map NAME=FOLDER   for several poses: pictures of one pose have the same name in every folder, and the name of
+                           the pose's result where --pose is given too (wave.json: wave.png)
+
 photographs:
   --frame                  the person fills the picture that the model makes; the crop is the output
   --frame --paste-back     the output is the whole photo with the crop made anew; poses lie on the photo, and with
@@ -97,6 +122,9 @@ examples:
       --model ./sd15 --controlnet ./openpose --prompt "a photograph of a person" --steps 30
   truepose transfer photo.jpg --parser schp-atr --estimate-pose --frame --retarget --pose dancer.jpg --out dance.png \\
       --model ./sd15 --controlnet ./openpose
+  truepose transfer photo.jpg --pose dancer.json --out dance.png --vae ./sd15 --image-encoder ./image_encoder \\
+      --model reference_unet.pth denoising_unet.pth pose_guider.pth
+  truepose transfer photo.jpg --pose-map densepose=pose.png --out pose-of-it.png --model leffa.safetensors
   truepose transfer a.png --source-pose a.json --parser keypoints --from upper,lower=b.png --from-pose b.json \\
       --pose gallery:walking --out swap.png
 """
@@ -107,16 +135,18 @@ STEPS = {"pixels": 12, "vae": 30}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `truepose transfer`."""
+    # SOURCE stands first: behind an option that takes several values it would be one of them.
+    parser.usage = "truepose transfer SOURCE --pose POSE ... --out PATH [options]"
     parser.add_argument("source", metavar="SOURCE", help="the picture of the person")
     inputs = parser.add_argument_group("what to show")
     inputs.add_argument(
         "--pose",
         nargs="+",
-        required=True,
         action="extend",
+        default=[],
         metavar="POSE",
         help="the poses to show, one or more: POSE.json, a ready pose such as gallery:waving, or with --estimate-pose "
-        "a picture of somebody",
+        "a picture of somebody; not needed where --pose-map says it all",
     )
     inputs.add_argument(
         "--person", type=whole(0), metavar="N", help="which person of the poses, from 0 (default: the largest)"
@@ -129,6 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the poses on the proportions of the person in SOURCE; the feet, or the hips, stay where the pose has "
         "them (--retarget alone: feet)",
     )
+    add_condition_arguments(inputs)
     person = parser.add_argument_group("the person in SOURCE")
     add_person_arguments(person)
     add_frame_arguments(parser.add_argument_group("crop"))
@@ -136,12 +167,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, metavar="PATH", help="a picture, or a folder for several poses")
     output.add_argument(
-        "--size", type=picture_size, metavar="WxH", help="size of the pictures in pixels (default: SOURCE's)"
+        "--size",
+        type=picture_size,
+        metavar="WxH",
+        help="size of the pictures in pixels (default: those of --canvas, else SOURCE's)",
     )
     output.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     output.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     model = parser.add_argument_group("model")
-    add_model_argument(model)
+    add_model_arguments(model)
     add_folder_arguments(model)
     add_device_arguments(model)
     model.add_argument(
@@ -152,20 +186,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=whole(1, 1000),
         metavar="N",
-        help="sampling steps (default: 12 for a mannequin model, 30 for a Stable Diffusion folder)",
+        help="sampling steps (default: 12 for a mannequin model, 50 for CFLD, 30 for others)",
     )
     sampling.add_argument(
         "--seed", type=whole(0), default=0, metavar="N", help="fixes the pictures; every pose uses it (default: 0)"
     )
     sampling.add_argument(
-        "--guidance-pose", type=number(), default=1.0, metavar="W", help="above 1 follows the pose harder (default: 1)"
+        "--guidance-pose",
+        type=number(),
+        metavar="W",
+        help="above 1 follows the pose harder (default: the model's own, 2 for CFLD; else 1)",
     )
     sampling.add_argument(
         "--guidance-source",
         type=number(),
-        default=1.0,
         metavar="W",
-        help="above 1 holds on to the source harder; each scale other than 1 costs another network call (default: 1)",
+        help="above 1 holds on to the source harder; each scale other than 1 costs another network call (default: the "
+        "model's own, 3.5 for AnimateAnyone and champ, 2.5 for Leffa, 2 for CFLD; else 1)",
     )
     fusion = parser.add_argument_group("what to take from the source")
     fusion.add_argument(
@@ -178,19 +215,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 1 for all)",
     )
     fusion.add_argument(
-        "--strength", type=number(0, 1), default=1.0, metavar="S", help="0 ignores the source, 1 uses it (default: 1)"
+        "--strength",
+        type=number(0, 1),
+        metavar="S",
+        help="0 leaves out what HPFA takes from the source, 1 uses it all (default: 1; 0 for CFLD, which has a way of "
+        "its own)",
     )
     fusion.add_argument(
         "--beta",
         type=number(),
         metavar="B",
-        help="how strictly regions must match, 0 is not at all (default: what the model learned; 2 for a folder)",
+        help="how strictly regions must match, 0 is not at all (default: what the model learned; 2 for a folder; 0 for "
+        "models of other systems)",
     )
     fusion.add_argument(
         "--gamma",
         type=number(),
         metavar="G",
-        help="how strictly places on the body must match (default: what the model learned; 0 for a folder)",
+        help="how strictly places on the body must match (default: what the model learned; else 0)",
     )
 
 
@@ -199,14 +241,17 @@ class Inputs:
     """Everything that was given, read and checked.
 
     photo: the person of SOURCE. source: what the model reads of it: the photo, or its crop. targets: the poses, on the
-    picture that the model makes, which is `made` (width, height); the output is `size`. donors: the --from options and
-    their persons. cut: edges of the photo that the person reaches.
+    picture that the model makes, which is `made` (width, height); the output is `size`. maps: their pictures. canvas:
+    what the pipeline takes of --canvas and --mask. donors: the --from options and their persons. cut: edges of the
+    photo that the person reaches.
     """
 
     photo: PersonPhoto
     source: PersonPhoto
     crop: Crop | None
     targets: list[Target]
+    maps: PoseMaps
+    canvas: dict[str, Tensor]
     size: tuple[int, int]
     donors: list[tuple[Donor, PersonPhoto]]
     cut: list[str]
@@ -216,10 +261,12 @@ class Inputs:
         return self.size if self.crop is None else self.crop.size_model[::-1]
 
 
-def prepare(args: argparse.Namespace, console: Console) -> Inputs:
+def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> Inputs:
     """Read and check all pictures and poses. Raises TruePoseError for the first that does not do."""
     networks = Networks(args)
     wanted = read_donors(args)
+    maps = choose_maps(args.pose_map, model)
+    check_keypoints(args, model, maps)
     photo = read_person(
         args.source,
         networks,
@@ -233,55 +280,68 @@ def prepare(args: argparse.Namespace, console: Console) -> Inputs:
     donors = [(donor, read_donor(donor, photo, networks, console)) for donor in wanted]
     source, crop = photo, None
     if args.frame is not None and args.paste_back is None:
-        crop = find_crop(photo, frame_sizes(args.frame, args.model))
+        crop = find_crop(photo, frame_sizes(args.frame, model))
         source = photo.cropped(crop)
     size = output_size(args, source)
-    targets = read_targets(args, size, source, networks, console)
+    targets = read_targets(args, size, source, maps, networks, console)
+    canvas = read_canvas(args, size[::-1])
     if args.paste_back is not None:
         # Poses lie on the photo, and the crop shows the person as they were and as they will be.
-        crop = find_crop(photo, frame_sizes(args.frame, args.model), [target.body for target in targets])
+        crop = find_crop(photo, frame_sizes(args.frame, model), [target.body for target in targets])
         source = photo.cropped(crop)
         targets = [replace(target, body=crop.apply_keypoints(target.body)) for target in targets]
     networks.close()
-    return Inputs(photo, source, crop, targets, size, donors, cut)
+    return Inputs(photo, source, crop, targets, maps, canvas, size, donors, cut)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Read and check everything, then work, then write. Returns the report that --json prints."""
     started = time.perf_counter()
-    check_options(args)
-    from truepose_core.framing import paste_back
-    from truepose_core.regions import parse_region_weights, region_weights
-
-    omega = region_weights(parse_region_weights(args.region)) if args.region else None
-    given = prepare(args, console)
-    if given.photo.person is None and args.gamma:
-        console.note("--gamma has no effect without --source-pose")
-
-    opened = open_model(
+    model = choose_model(
         args.model,
-        args.device,
-        args.dtype,
+        parse_choices(args.choose),
         prompt=args.prompt,
         controlnet=args.controlnet,
         vae=args.vae,
         image_encoder=args.image_encoder,
     )
-    _tell_about_model(opened, console)
-    steps = args.steps or STEPS[opened.pipe.model.config.codec]
+    if args.strength is None:
+        args.strength = default_strength(model)
+    check_condition_options(args, model)
+    needs_parsing = reads_parsing(args, model)
+    check_options(args, needs_parsing)
+    guidance = choose_guidance(args.guidance_pose, args.guidance_source, model)
+    from truepose_core.framing import paste_back
+    from truepose_core.regions import parse_region_weights, region_weights
+
+    omega = region_weights(parse_region_weights(args.region)) if args.region else None
+    given = prepare(args, model, console)
+    if given.photo.person is None and args.gamma:
+        console.note("--gamma has no effect without --source-pose")
+    if given.photo.parsing is not None and not needs_parsing and args.frame is None:
+        console.note("the parsing has no effect here: nothing was asked for by region")
+
+    opened = open_model(model, args.device, args.dtype)
+    _tell_about_model(opened, model, console)
+    steps = args.steps or (model.config.steps if model.is_cfld else STEPS[opened.pipe.model.config.codec])
     options = {
-        "guidance_pose": args.guidance_pose,
-        "guidance_source": args.guidance_source,
+        "guidance_pose": guidance.pose,
+        "guidance_source": guidance.source,
         "strength": args.strength,
         "region_weights": omega,
         "beta": args.beta,
         "gamma": args.gamma,
+        "context": opened.context,
+        "pooled": opened.pooled,
+        **given.canvas,
     }
+    if args.source_once:
+        options["source_once"] = True
     with memory_errors(opened.device):
         before = time.perf_counter()
-        features = _encode(opened, given, console)
+        features = _encode(opened, given, needs_parsing, console)
         encoded = time.perf_counter()
-        pictures = _sample(opened, features, given.targets, given.made, steps, args.seed, args.batch, options)
+        pictures = _sample(opened, features, given, steps, args.seed, args.batch, options)
     sampled = time.perf_counter()
     if args.paste_back is not None:
         pictures = [
@@ -298,6 +358,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     done = _what_was_done(args, given)
     _tell_what_was_done(done, console)
+    console.say(guidance.told)
     size = given.size
     for target in given.targets:
         console.say(f"wrote {target.out} ({size[0]}x{size[1]})")
@@ -313,7 +374,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "size": list(size),
         "steps": steps,
         "seed": args.seed,
-        "outputs": [{"path": str(t.out), "pose": t.pose, "frame": t.frame, "person": t.person} for t in given.targets],
+        "guidance": guidance.report,
+        "strength": args.strength,
+        "outputs": [
+            {
+                "path": str(t.out),
+                "pose": t.pose,
+                "frame": t.frame,
+                "person": t.person,
+                "maps": {name: str(path) for name, path in t.maps.items()},
+            }
+            for t in given.targets
+        ],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **memory,
     }
@@ -322,9 +394,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def output_size(args: argparse.Namespace, source: PersonPhoto) -> tuple[int, int]:
-    """(width, height) of the pictures to make. Raises TruePoseError when the source's own size is too large."""
+    """(width, height) of the pictures to make: a canvas's or the source's, unless it is given. Raises TruePoseError
+    when that is too large."""
     height, width = source.size
     if args.frame is not None and args.paste_back is None:
+        return width, height
+    if args.size is None and args.canvas is not None:
+        width, height = canvas_size(args.canvas)
+        if max(width, height) > MAX_SIDE:
+            raise TruePoseError(
+                f"the canvas is {width}x{height} pixels and a result may have {MAX_SIDE} a side; give --size WxH"
+            )
         return width, height
     if args.size is None and max(source.size_in_file) > MAX_SIDE:
         what = f"the source is {source.size_in_file[0]}x{source.size_in_file[1]} pixels"
@@ -333,12 +413,12 @@ def output_size(args: argparse.Namespace, source: PersonPhoto) -> tuple[int, int
     return args.size or (width, height)
 
 
-def _tell_about_model(opened: Opened, console: Console) -> None:
+def _tell_about_model(opened: Opened, model: ModelChoice, console: Console) -> None:
     config = opened.pipe.model.config
     if opened.is_mannequin:
         height, width = config.size
         console.note(MANNEQUINS_ONLY.format(w=width, h=height))
-    elif Path(opened.name).is_dir() and opened.pipe.model.controlnet is None:
+    elif model.is_folder and model.controlnet is None:
         console.note("without --controlnet this model sees the pose through the regions only, so it may not follow it")
 
 
@@ -354,6 +434,8 @@ def _what_was_done(args: argparse.Namespace, given: Inputs) -> dict[str, Any]:
             {"picture": x.picture, "regions": x.names, "parsing": read.parsing_from, "pose": read.pose_from}
             for x, read in given.donors
         ],
+        "canvas": args.canvas,
+        "mask": args.mask,
         "retarget": args.retarget,
         "frame": None if crop is None else {"box": crop.box, "size": crop.size_model[::-1], "told": crop.describe()},
         "paste_back": args.paste_back,
@@ -362,7 +444,7 @@ def _what_was_done(args: argparse.Namespace, given: Inputs) -> dict[str, Any]:
 
 def _tell_what_was_done(done: dict[str, Any], console: Console) -> None:
     """`_what_was_done`, for people."""
-    console.say(f"{done['source']}: parsing {done['parsing']}, pose {done['source_pose'] or 'unknown'}")
+    console.say(f"{done['source']}: parsing {done['parsing'] or 'none'}, pose {done['source_pose'] or 'unknown'}")
     for each in done["from"]:
         told = f"parsing {each['parsing']}, pose {each['pose'] or 'unknown'}"
         console.say(f"{', '.join(each['regions'])} from {each['picture']}: {told}")
@@ -378,22 +460,26 @@ def _shrink(source: PersonPhoto, size: tuple[int, int], opened: Opened, console:
 
     height, width = source.size
     scale = math.sqrt(size[0] * size[1] / (width * height))
-    if scale >= 1 or opened.pipe.model.config.codec == "pixels":
+    # A model of one size reads the source at that.
+    if scale >= 1 or opened.is_cfld or opened.pipe.model.config.codec == "pixels":
         return source
     small = (max(16, round(height * scale)), max(16, round(width * scale)))
     console.note(f"the source is read at {small[1]}x{small[0]} pixels, as many as the result has")
     image = F.interpolate(source.image, small, mode="bicubic", antialias=True).clamp(0, 1)
-    return replace(source, image=image, parsing=source.parsing.resize(*small))
+    return replace(source, image=image, parsing=None if source.parsing is None else source.parsing.resize(*small))
 
 
-def _encode(opened: Opened, given: Inputs, console: Console) -> SourceFeatures:
+def _encode(opened: Opened, given: Inputs, needs_parsing: bool, console: Console) -> SourceFeatures | CFLDSource:
     """The source's features, with the regions that are taken from donors."""
     from truepose_core.combine import combine_sources
 
     def read(person: PersonPhoto) -> SourceFeatures:
-        return opened.pipe.encode_source(person.image, person.parsing, person.body, opened.context, opened.pooled)
+        parsing = person.parsing if needs_parsing else everywhere(person.size)
+        return opened.pipe.encode_source(person.image, parsing, person.body, opened.context, opened.pooled)
 
     source = _shrink(given.source, given.made, opened, console)
+    if opened.is_cfld:
+        return opened.pipe.encode_source(source.image, source.parsing if needs_parsing else None, source.body)
     features = read(source)
     for donor, person in given.donors:
         fresh = read(fitted(person, source.size, framed=given.crop is not None))
@@ -401,11 +487,20 @@ def _encode(opened: Opened, given: Inputs, console: Console) -> SourceFeatures:
     return features
 
 
+def everywhere(size: tuple[int, int]) -> HumanParsing:
+    """The parsing of a picture of (height, width) in which every pixel counts alike."""
+    import torch
+
+    from truepose_core.parsing import HumanParsing
+    from truepose_core.regions import Region
+
+    return HumanParsing.from_labels(torch.full((1, *size), Region.UPPER, dtype=torch.long))
+
+
 def _sample(
     opened: Opened,
-    features: Any,
-    targets: list[Target],
-    size: tuple[int, int],
+    features: SourceFeatures | CFLDSource,
+    given: Inputs,
     steps: int,
     seed: int,
     batch: int,
@@ -416,23 +511,34 @@ def _sample(
     from tqdm.auto import tqdm
 
     pictures: list[Tensor] = []
-    with tqdm(total=len(targets) * steps, desc="sampling", unit="step") as bar:
-        for first in range(0, len(targets), batch):
-            chunk = targets[first : first + batch]
+    width, height = given.made
+    # The two pipelines have defaults of their own, and CFLD's knows fewer options.
+    options = {name: value for name, value in options.items() if value is not None}
+    with tqdm(total=len(given.targets) * steps, desc="sampling", unit="step") as bar:
+        for first in range(0, len(given.targets), batch):
+            chunk = given.targets[first : first + batch]
+            maps = given.maps.pipeline_maps([target.maps for target in chunk], (height, width))
             images = opened.pipe(
                 features,
-                torch.stack([target.body for target in chunk]),
-                height=size[1],
-                width=size[0],
+                torch.stack([standing() if target.body is None else target.body for target in chunk]),
+                height=height,
+                width=width,
                 num_inference_steps=steps,
                 seed=[seed] * len(chunk),
-                context=opened.context,
-                pooled=opened.pooled,
                 callback_on_step_end=progress(bar, len(chunk)),
+                **({} if maps is None else {"pose_map": maps}),
                 **options,
             ).images
             pictures += images.split(1)
     return pictures
+
+
+def standing() -> Tensor:
+    """Keypoints [18, 3] for a model that has its pose from maps alone: the pipeline wants some, and reads none."""
+    from truepose_core.pose import body_tensor
+    from truepose_core.pose_gallery import NAMES, gallery_pose
+
+    return body_tensor(gallery_pose(NAMES[0], 512, 512).people)[0]
 
 
 def _write(pictures: list[Tensor], targets: list[Target], out: Path, overwrite: bool) -> None:
