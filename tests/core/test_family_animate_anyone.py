@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import systems as fam
 import pytest
+import systems as fam
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image

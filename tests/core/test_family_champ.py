@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import systems as fam
 import pytest
+import systems as fam
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
