@@ -4,7 +4,8 @@
 files named host*.py know the host's inside.)
 
 Reading (`read_source`): one UNet pass over the clean source latent at timestep 0, through the host's own sampling
-path, so that loading, offload, latent scaling, data types and LoRA are the host's.
+path, so that loading, offload, latent scaling, data types and LoRA are the host's. A SourceNet that reads its source
+at every step (`SourceReader`) is loaded beside TargetNet by the host, and runs in front of each call.
 
 Patching (`with_hpfa`): a `DIFFUSION_MODEL` wrapper that puts, for the time of one call, an attn1 `replace` on each
 block the source knows. The replace projects the source's tokens with the block's own to_k and to_v and hands
@@ -23,10 +24,11 @@ from functools import lru_cache
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP, merge_nested_dicts
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
@@ -58,6 +60,7 @@ from .host_caa import (
 )
 
 KEY = "truepose_hpfa"
+SOURCE_KEY = "truepose_source"
 AREAS = "truepose_areas"
 POSE_KEY = "truepose_pose"
 GUIDANCE = "truepose_guidance"
@@ -92,19 +95,32 @@ class HostFeatures(SourceFeatures):
     """SourceFeatures keyed by the host's blocks ("input.1.0"), as it flows through a TRUEPOSE_SOURCE socket.
 
     nothing: what rows without the source read in its place, for models that read a latent of zeros there; else None.
+    reader: reads the source anew at every step, and `sites` are then what it reads in the middle of the sampling; None
+    where what was read once is all.
     """
 
     nothing: HostFeatures | None = None
+    reader: SourceReader | None = None
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache that evicts by memory."""
         more = [self.parsing.masks, self.image, None if self.caa is None else self.caa.tokens]
+        more.append(None if self.reader is None else self.reader.latent)
         own = self.nbytes + sum(x.numel() * x.element_size() for x in more if x is not None)
         return own if self.nothing is None else own + self.nothing.nbytes
 
 
 class CombinedHostFeatures(CombinedFeatures, HostFeatures):
-    """Several sources in one, as `combine_sources` makes them of HostFeatures."""
+    """Several sources in one, as `combine_sources` makes them of HostFeatures. Raises TruePoseError for sources that
+    are read anew at every step."""
+
+    def __init__(self, *args: object, parts: tuple[HostFeatures, ...] = (), **more: object) -> None:
+        if any(part.reader is not None for part in parts):
+            raise TruePoseError(
+                "this model reads its source anew at every step, so sources cannot be combined; leave the donor out, "
+                "or set source_reading to once"
+            )
+        super().__init__(*args, parts=parts, **more)
 
     @property
     def nothing(self) -> HostFeatures | None:
@@ -210,13 +226,99 @@ class _ReadOnce(comfy.samplers.Sampler):
         x, sigma = latent_image, latent_image.new_zeros(latent_image.shape[0])
         if self.timestep:
             sampling = model_wrap.inner_model.model_sampling
-            sigma = sigma + sampling.sigma(torch.tensor(float(self.timestep))).to(sigma)
-            # The host scales its input down by the noise that it takes to be in it; here is none.
-            x = x * (sigma[0] ** 2 + sampling.sigma_data**2) ** 0.5
+            x, sigma = _clean_input(sampling, x, torch.tensor(float(self.timestep)))
         positive = model_wrap.conds["positive"]
         options = extra_args["model_options"]
         comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, options)
         return latent_image
+
+
+def _clean_input(sampling: object, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """What the host must be given so that the UNet sees the clean latent [B, C, h, w] as it is at a timestep []:
+    (x, sigma [B])."""
+    sigma = sampling.sigma(timestep).to(latent)
+    # The host scales its input down by the noise that it takes to be in it; here is none.
+    return latent * (sigma**2 + sampling.sigma_data**2) ** 0.5, sigma.expand(latent.shape[0])
+
+
+class _Recorder:
+    """The `DIFFUSION_MODEL` wrapper of a source's pass: what stands in front of every self-attention, in `sites`."""
+
+    def __init__(self, unet: UNetModel, keep_on: torch.device, cross: Mapping[str, CrossTokens]) -> None:
+        """cross: region tokens per site, which the pass reads; {} for none."""
+        self.unet, self.keep_on, self.cross = unet, keep_on, cross
+        self.sites: dict[str, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict) -> _Recorder:
+        return self
+
+    def _record(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+        block = (*extra["block"], extra["block_index"])
+        self.sites[site_name(block)] = n.detach().to(self.keep_on, copy=True)
+        return n, context, value
+
+    def on_model_call(
+        self,
+        executor: Callable,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: object = None,
+        transformer_options: dict | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """The wrapper."""
+        options = dict(transformer_options or {})
+        patches = dict(options.get("patches", {}))
+        # In front of the others, so that what is stored is what the block was given.
+        patches["attn1_patch"] = [self._record, *patches.get("attn1_patch", [])]
+        if self.cross:
+            put = {site: tokens.to(x.device, x.dtype) for site, tokens in self.cross.items()}
+            reads = _SourceCross(put, {site: block.attn2 for site, (_, block) in transformer_blocks(self.unet).items()})
+            patches["attn2_patch"] = [*patches.get("attn2_patch", []), keep_cross_input]
+            patches["attn2_output_patch"] = [*patches.get("attn2_output_patch", []), reads]
+        options["patches"] = patches
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class SourceReader:
+    """A SourceNet and what it reads anew at every step. Never changed once made.
+
+    model: the MODEL, without HPFA, CAA and pose. latent: [B, C, h, w], scaled as the UNet takes it. conditioning: one
+    entry. cross: region tokens per site, which it also reads.
+    """
+
+    model: object
+    latent: Tensor
+    conditioning: list
+    cross: Mapping[str, CrossTokens]
+
+    def read(self, timesteps: Tensor) -> dict[str, Tensor]:
+        """Site -> hidden states [B, M, C] at the timestep of a call [rows], on SourceNet's device, which the host has
+        loaded it on. Raises TruePoseError where the rows are at different timesteps."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if bool((timesteps != timesteps[0]).any()):
+            raise TruePoseError(
+                "the pictures of this batch are at different timesteps, and this model reads its source at one; "
+                "use another sampler, or set source_reading to once"
+            )
+        net, device = self.model.model, self.model.load_device
+        latent = self.latent.to(device, torch.float32)
+        x, sigma = _clean_input(net.model_sampling, latent, timesteps[0].to(device))
+        conds = comfy.sampler_helpers.convert_cond(self.conditioning)
+        (cond,) = comfy.samplers.encode_model_conds(net.extra_conds, conds, latent, device, "positive")
+        batch = {k: c.process_cond(batch_size=x.shape[0], area=None) for k, c in cond["model_conds"].items()}
+        recorder = _Recorder(net.diffusion_model, device, self.cross)
+        wrappers = {WrappersMP.DIFFUSION_MODEL: {SOURCE_KEY: [recorder.on_model_call]}}
+        options = dict(self.model.model_options["transformer_options"])
+        options |= {"cond_or_uncond": [0], "sigmas": sigma}
+        options["wrappers"] = merge_nested_dicts(
+            merge_nested_dicts(options.get("wrappers", {}), self.model.wrappers), wrappers
+        )
+        net.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat([batch]))
+        return recorder.sites
 
 
 def _source_conditioning(model: object, latent: Tensor, conditioning: list | None) -> list:
@@ -250,6 +352,7 @@ def read_source(
     image: Tensor | None = None,
     timestep: int = 0,
     nothing: HostFeatures | None = None,
+    anew: bool = False,
 ) -> HostFeatures:
     """Read the source person once: the normed hidden state in front of every self-attention.
 
@@ -257,7 +360,8 @@ def read_source(
     the VAE gives it. parsing: of the same pictures. conditioning: CONDITIONING or None for zeros. body: [B, 18, 3].
     caa: the region tokens, which travel on; cross: the same for each site of this model, which reads them.
     image: kept for models that carry the source along the skeleton. timestep: at which SourceNet reads. nothing: the
-    same of a latent of zeros, for models whose unconditional rows read that.
+    same of a latent of zeros, for models whose unconditional rows read that. anew: whether the source shall be read
+    again at every step, which needs a SourceNet that is another net than TargetNet.
     """
     unet = unet_of(model, "the model")
     channels = model.model.latent_format.latent_channels
@@ -269,43 +373,23 @@ def read_source(
         raise TruePoseError(
             "the source's latent holds NaN: the VAE overflowed. Start ComfyUI with --fp32-vae or use another VAE"
         )
-    sites: dict[str, Tensor] = {}
-    keep_on = comfy.model_management.intermediate_device()
-
-    def record(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
-        block = (*extra["block"], extra["block_index"])
-        sites[site_name(block)] = n.detach().to(keep_on, copy=True)
-        return n, context, value
-
-    def wrapper(
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        options = dict(transformer_options or {})
-        patches = dict(options.get("patches", {}))
-        # In front of the others, so that what is stored is what the block was given.
-        patches["attn1_patch"] = [record, *patches.get("attn1_patch", [])]
-        if cross:
-            put = {site: tokens.to(x.device, x.dtype) for site, tokens in cross.items()}
-            reads = _SourceCross(put, {site: block.attn2 for site, (_, block) in transformer_blocks(unet).items()})
-            patches["attn2_patch"] = [*patches.get("attn2_patch", []), keep_cross_input]
-            patches["attn2_output_patch"] = [*patches.get("attn2_output_patch", []), reads]
-        options["patches"] = patches
-        return executor(x, timesteps, context, y, control, options, **kwargs)
-
-    reader = without_pose(without_caa(without_hpfa(model)))
-    reader.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "truepose_source", wrapper)
+    conditioning, cross = _source_conditioning(model, latent, conditioning), cross or {}
+    recorder = _Recorder(unet, comfy.model_management.intermediate_device(), cross)
+    bare = without_pose(without_caa(without_hpfa(model)))
+    reader = bare.clone()
+    reader.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SOURCE_KEY, recorder.on_model_call)
     guider = comfy.samplers.CFGGuider(reader)
-    guider.inner_set_conds({"positive": _source_conditioning(model, latent, conditioning)})
+    guider.inner_set_conds({"positive": conditioning})
     guider.sample(torch.zeros_like(latent), latent, _ReadOnce(timestep), torch.zeros(1), disable_pbar=True)
+    again = None
+    if anew:
+        # As the host's guider does it: a latent of zeros stays one.
+        scaled = model.model.process_latent_in(latent) if bool(latent.any()) else latent
+        again = SourceReader(bare, scaled, conditioning, cross)
     size = (latent.shape[2], latent.shape[3])
-    return HostFeatures(family_of(model), sites, size, parsing, body, caa, image, nothing=nothing)
+    return HostFeatures(
+        family_of(model), recorder.sites, size, parsing, body, caa, image, nothing=nothing, reader=again
+    )
 
 
 class _SourceCross:
@@ -377,6 +461,11 @@ class AppliedSource:
         # Older hosts copy a model's options deeply at every clone; this object never changes, so it is its own copy.
         return self
 
+    @property
+    def reader(self) -> SourceReader | None:
+        """What reads the source anew at every step, or None."""
+        return getattr(self.source, "reader", None)
+
     def seen_by(self, kind: int) -> bool:
         """Whether rows of this kind (`cond_or_uncond`) see the source."""
         if kind == UNCONDITIONAL:
@@ -427,7 +516,7 @@ class AppliedSource:
         for site, kept in self.kept.items():
             tokens = self.source.sites[site]
             count = tokens.shape[0] * (tokens.shape[1] if kept is None else kept[0].shape[1])
-            total += count * tokens.shape[2] * itemsize
+            total += (count if self.reader is None else tokens.shape[:2].numel()) * tokens.shape[2] * itemsize
             widest = max(widest, count * tokens.shape[2] * itemsize)
         return total + 4 * widest
 
@@ -445,7 +534,7 @@ class AppliedSource:
         matched = _is_on(how.beta) and (self.target is not None or cross is not None)
         rows = self.source.regions(site) if matched or how.region_log_weight is not None else None
         body = self.source.coordinates(site) if _is_on(how.gamma) and self.target_body is not None else None
-        log_w = None
+        index = log_w = None
         if kept is not None:
             index, log_w = kept
             tokens = gather_tokens(tokens, index)
@@ -462,7 +551,8 @@ class AppliedSource:
 
         # Weights and coordinates stay float32 here: they are rounded once, when they enter the keys.
         return _Kept(
-            put(tokens, dtype),
+            None if self.reader is not None else put(tokens, dtype),
+            None if index is None or self.reader is None else index.to(device),
             put(rows),
             put(log_w),
             put(body),
@@ -491,9 +581,11 @@ class AppliedSource:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one site reads: tokens [S, K, C], regions [S, K, 7], log_w [S, K], body [S, K, 3] (or None), and how."""
+    """What one site reads: tokens [S, K, C], regions [S, K, 7], log_w [S, K], body [S, K, 3] (or None), and how. Where
+    each call reads the source anew: no tokens, but which of them to keep, index [S, K] (None for all)."""
 
-    tokens: Tensor
+    tokens: Tensor | None
+    index: Tensor | None
     regions: Tensor | None
     log_w: Tensor | None
     body: Tensor | None
@@ -542,6 +634,7 @@ class HPFAPatch:
             return executor(x, timesteps, context, y, control, options, **kwargs)
         trained = next((c for c in self.caas if c.trained), None)
         call = _Call(active, x, options, caas, trained, hidden)
+        call.read_sources(timesteps)
         options = call.install(executor.class_obj)
         return call.carried(executor(x, timesteps, context, y, control, options, **kwargs), 1)
 
@@ -596,6 +689,10 @@ def with_hpfa(model: object, applied: AppliedSource) -> object:
     """A clone of MODEL that also reads this source. Without effect (strength 0, all weights 0) it is the same model."""
     unet = unet_of(model, "the model")
     _check_fits(model, unet, applied.source)
+    if applied.reader is not None and applied.reader.model.model is model.model:
+        raise TruePoseError(
+            "this is the SourceNet that reads the source; connect the model output of Load TruePose Model"
+        )
     if not applied.has_effect:
         return model
     added = [applied]
@@ -625,6 +722,22 @@ def without_caa(model: object) -> object:
     return _patched(model, applied_sources(model), ())
 
 
+def _source_nets(sources: Sequence[AppliedSource]) -> list:
+    """The MODELs that read these sources anew at every step, each net once. Raises TruePoseError where a net would have
+    to be patched in two ways."""
+    found: dict[int, object] = {}
+    for applied in sources:
+        if applied.reader is None:
+            continue
+        model = applied.reader.model
+        if found.setdefault(id(model.model), model).patches_uuid != model.patches_uuid:
+            raise TruePoseError(
+                "two sources are read at every step by one SourceNet with different LoRA or other patches; read both "
+                "with the same, or set source_reading to once"
+            )
+    return list(found.values())
+
+
 def _patched(model: object, sources: tuple[AppliedSource, ...], caas: tuple[AppliedCAA, ...]) -> object:
     patch = HPFAPatch(sources, caas) if sources or caas else None
     clone = model.clone()
@@ -641,6 +754,10 @@ def _patched(model: object, sources: tuple[AppliedSource, ...], caas: tuple[Appl
         clone.remove_wrappers_with_key(kind, KEY)
     clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, KEY)
     clone.remove_attachments(KEY)
+    clone.remove_additional_models(KEY)
+    nets = _source_nets(sources)
+    if nets:
+        clone.set_additional_models(KEY, nets)
     for kind, wrapper in wrappers.items():
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     if patch is not None:
@@ -771,6 +888,9 @@ class _Call:
         ]
         if tuple(x.shape[2:]) != tuple(self.size) and not any(self.areas):
             self.size = tuple(x.shape[2:])
+        self.visible = [a for a in active if any(a.seen_by(kind) for kind in self.chunks)]
+        """The sources that any row sees."""
+        self._fresh: dict[SourceReader, dict[str, Tensor]] = {}
         self._targets: dict = {}
         for applied in active:
             self._check_batch(applied)
@@ -837,6 +957,18 @@ class _Call:
             more["input_block_patch"] = [self._after_first]
         options["patches"] = _with_patches(options, more)
         return options
+
+    def read_sources(self, timesteps: Tensor | None) -> None:
+        """Read what is read anew at every step, for this call's timesteps [rows]."""
+        for reader in dict.fromkeys(a.reader for a in self.visible if a.reader is not None):
+            self._fresh[reader] = reader.read(timesteps)
+
+    def tokens(self, applied: AppliedSource, kept: _Kept, site: str, like: Tensor) -> Tensor:
+        """The tokens of a source that one site reads in this call: [S, K, C]."""
+        if applied.reader is None:
+            return kept.tokens
+        tokens = self._fresh[applied.reader][site].to(like)
+        return tokens if kept.index is None else gather_tokens(tokens, kept.index)
 
     def _after_first(self, h: Tensor, options: dict) -> Tensor:
         """An input block patch: what the carried source adds after conv_in."""
@@ -972,7 +1104,7 @@ class _Replace:
         projected: dict[int, tuple[Tensor, Tensor]] = {}
         if not whole:
             # Another node hands over some of the rows and does not say which: all of them read what fits any row.
-            sources = [a for a in call.active if a.source.batch == 1]
+            sources = [a for a in call.visible if a.source.batch == 1]
             return self._attend(q, k, v, extra, sources, None, None, None, projected)
         groups = list(call.groups())
         grid = (height, width) if in_place else None
@@ -1010,7 +1142,8 @@ class _Replace:
                 continue
             kept = applied.on(q.device, q.dtype, self.site)
             if id(applied) not in projected:
-                projected[id(applied)] = (self.attn.to_k(kept.tokens), self.attn.to_v(kept.tokens))
+                read = self.call.tokens(applied, kept, self.site, q)
+                projected[id(applied)] = (self.attn.to_k(read), self.attn.to_v(read))
             ks, vs = projected[id(applied)]
             regions = places = None
             if grid is not None and chunks is not None:

@@ -477,9 +477,14 @@ class Adapter:
 
     @property
     def source_timestep(self) -> int:
-        """Where SourceNet reads the source: 0, or the middle of the sampling for a model that reads it at the sampler's
-        timestep (Leffa's own faster mode; 50 steps, evenly spaced from 1)."""
-        return 0 if self.config.behaviour.source_timestep == "zero" else 481
+        """Where SourceNet reads the source before the sampling: 0, or the middle of it for a model that reads at the
+        sampler's timestep (Leffa's own faster mode; 50 steps, evenly spaced from 1)."""
+        return 481 if self.reads_anew else 0
+
+    @property
+    def reads_anew(self) -> bool:
+        """Whether SourceNet reads the source again at every step, as the system was published."""
+        return self.config.behaviour.source_timestep == "step"
 
     def check_conditioning(self, conditioning: list | None) -> None:
         """Raises TruePoseError where SourceNet needs the picture's embedding and there is none."""

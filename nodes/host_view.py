@@ -156,7 +156,7 @@ def look(
     sampling = model.get_model_object("model_sampling")
     # At 0 the host answers with a number above every noise level.
     sigma = torch.tensor([min(float(sampling.percent_to_sigma(percent)), float(sampling.sigma_max))])
-    active = [a for a in applied if a.in_window(sigma)]
+    active = [a for a in applied if a.in_window(sigma) and a.seen_by(0)]
     chosen = applied[number]
     if not any(a is chosen for a in active):
         raise TruePoseError(

@@ -19,6 +19,8 @@ from .schema import CAA, Adapter, Parsing, PoseKeypoint, Source, check_parsing, 
 
 LEARNED = "learned"
 MATCHES = (LEARNED, "as set")
+AS_PUBLISHED = "as published"
+READINGS = (AS_PUBLISHED, "once")
 ADAPTER_HINT = (
     "Only for a model that does not carry its adapter along. Models of Load TruePose Model need no connection here."
 )
@@ -74,7 +76,7 @@ class SourceNetEncode(io.ComfyNode):
         return schema(
             node_id="TruePoseSourceNetEncode",
             display_name="SourceNet Encode",
-            description="Reads the source person once, at every self-attention of the model.",
+            description="Reads the source person, at every self-attention of the model.",
             search_aliases=["reference", "source person", "AnimateAnyone", "Leffa"],
             inputs=[
                 io.Model.Input(
@@ -113,6 +115,19 @@ class SourceNetEncode(io.ComfyNode):
                         "models read their own without it."
                     ),
                 ),
+                known(
+                    io.Combo.Input,
+                    id="source_reading",
+                    options=list(READINGS),
+                    default=AS_PUBLISHED,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Only for Leffa; all other models read once and ignore it. as published: SourceNet reads the "
+                        "source at every step, and is loaded beside the model while sampling. once: it reads now, in "
+                        "the middle of the sampling's noise, which is Leffa's own faster mode."
+                    ),
+                ),
             ],
             outputs=[
                 Source.Output(
@@ -133,6 +148,7 @@ class SourceNetEncode(io.ComfyNode):
         pose: object = None,
         adapter: host_model.Adapter | None = None,
         caa: host_vision.SourceCAA | None = None,
+        source_reading: str = AS_PUBLISHED,
     ) -> io.NodeOutput:
         check_parsing(parsing, image, "the parsing")
         host.unet_of(model, "the model")
@@ -163,11 +179,12 @@ class SourceNetEncode(io.ComfyNode):
                 )
             cross = adapter.cross_tokens(tokens, "source")
         adapter.check_conditioning(conditioning)
+        again = adapter.reads_anew and source_reading == AS_PUBLISHED
         nothing = None
         if adapter.config.behaviour.unconditional == "zero latent":
             zeros = torch.zeros_like(latent)
             nothing = host.read_source(
-                model, zeros, parsing, conditioning, body, cross=cross, timestep=adapter.source_timestep
+                model, zeros, parsing, conditioning, body, cross=cross, timestep=adapter.source_timestep, anew=again
             )
         source = host.read_source(
             model,
@@ -180,6 +197,7 @@ class SourceNetEncode(io.ComfyNode):
             image=picture if adapter.config.aligned else None,
             timestep=adapter.source_timestep,
             nothing=nothing,
+            anew=again,
         )
         return io.NodeOutput(source)
 

@@ -9,11 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import comfy.clip_vision
+import comfy.model_management
 import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from pack.nodes import host_model
+from bench import split
+from pack.nodes import host, host_model
+from pack.nodes.combine import CombineSources
 from pack.nodes.model import ApplyPoseEncoder, EmptyLatent, LoadModel, PictureContext
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from torch import Tensor
@@ -29,9 +32,12 @@ from truepose_core.models.config import SD_SCHEDULE, TruePoseConfig
 from truepose_core.models.importing.convert import convert
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.store import load_model, load_strict, read_metadata, save_model
+from truepose_core.pipeline import TruePosePipeline
 from truepose_core.regions import REGION_NAMES
 
 ONES = dict.fromkeys(REGION_NAMES, 1.0)
+LEFFA = ("leffa-sd15", "leffa-sdxl")
+STEPS = 4
 CHAMP = ("depth", "normal", "semantic_map", "dwpose")
 LIMIT = 1e-4
 
@@ -212,6 +218,173 @@ def test_a_guided_step_is_the_pipelines(kind: str) -> None:
     worst = float((ours - theirs).abs().max())
     print(f"parity, {kind}: max abs difference {worst:.2e} at a scale of {float(theirs.abs().max()):.2f}")
     assert worst < LIMIT * max(1.0, float(theirs.abs().max()))
+
+
+class Steps(comfy.samplers.Sampler):
+    """The system's own sampler, by the timestep as it counts them; `after` is the latent after each step."""
+
+    def __init__(self, made: Both) -> None:
+        self.scheduler = TruePosePipeline.from_model(made.core).scheduler
+        self.scheduler.set_timesteps(STEPS)
+        self.after: list[Tensor] = []
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+        sampling, latent = model_wrap.inner_model.model_sampling, noise
+        generator = torch.Generator().manual_seed(0)
+        for t in self.scheduler.timesteps:
+            sigma = sampling.sigma(t.float())
+            x = latent * (sigma**2 + 1).sqrt()
+            clean = model_wrap(x, sigma.expand(x.shape[0]), **extra_args)
+            latent = self.scheduler.step((x - clean) / sigma, t, latent, generator=generator).prev_sample
+            self.after.append(latent)
+        return latent
+
+
+def noise(batch: int = 1) -> Tensor:
+    return torch.randn((batch, 4, *fam.LATENT), generator=torch.Generator().manual_seed(0))
+
+
+def sampled(made: Both, model: object, scale: float = 2.5, batch: int = 1) -> list[Tensor]:
+    """The latents after each of `STEPS` steps through the host."""
+    steps, first = Steps(made), noise(batch)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(*contexts(made))
+    guider.set_cfg(scale)
+    guider.sample(first, torch.zeros_like(first), steps, torch.tensor([1.0, 0.0]), disable_pbar=True)
+    return steps.after
+
+
+@lru_cache
+def published(kind: str, once: bool = False) -> list[Tensor]:
+    """The same by the pipeline."""
+    pipe = TruePosePipeline.from_model(both(kind).core)
+    pipe.set_progress_bar_config(disable=True)
+    after: list[Tensor] = []
+
+    def keep(pipe, step, t, given):
+        after.append(given["latents"])
+        return given
+
+    pipe(
+        fam.picture(1),
+        fam.body(),
+        fam.dressed(),
+        num_inference_steps=STEPS,
+        pose_map={"densepose": fam.picture(23)},
+        latents=noise(),
+        callback_on_step_end=keep,
+        source_once=once,
+    )
+    return after
+
+
+def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    assert len(ours) == len(theirs) == STEPS
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+class TestReadAtEveryStep:
+    @pytest.mark.parametrize("kind", LEFFA)
+    def test_every_step_is_the_pipelines(self, kind: str) -> None:
+        made = both(kind)
+        posed_model, source = posed(made), encoded(made)
+        model = run(ApplyHPFA, model=posed_model, source=source, **ONES)[0]
+        bare, ours = sampled(made, posed_model), sampled(made, model)
+        far = worst(ours, published(kind))
+        once = encoded(made, source_reading="once")
+        faster = sampled(made, run(ApplyHPFA, model=posed_model, source=once, **ONES)[0])
+        print(
+            f"{STEPS} steps, {kind}: max abs difference {far:.2e}, largest {float(torch.stack(ours).abs().max()):.1f}; "
+            f"read once it would be {worst(faster, published(kind)):.2g}"
+        )
+        assert far < LIMIT < 0.01 < worst(faster, published(kind))
+        assert worst(sampled(made, model), ours) == 0
+        # Nothing stays: without the node it is what it was, and strength 0 is no node.
+        assert worst(sampled(made, posed_model), bare) == 0
+        assert worst(sampled(made, host.without_hpfa(model)), bare) == 0
+        assert (
+            worst(sampled(made, run(ApplyHPFA, model=posed_model, source=source, **ONES, strength=0.0)[0]), bare) == 0
+        )
+        assert not host.without_hpfa(model).get_additional_models() and len(model.get_additional_models()) == 1
+
+    def test_source_net_runs_once_for_each_row_that_is_there(self) -> None:
+        """A guided step reads the source and the zeros, a step without guidance the source; at that step's timestep."""
+        made, seen = both("leffa-sd15"), []
+        source = encoded(made)
+        made.source.model.diffusion_model.register_forward_pre_hook(lambda net, args: seen.append(float(args[1][0])))
+        model = run(ApplyHPFA, model=posed(made), source=source, **ONES)[0]
+        times = Steps(made).scheduler.timesteps.tolist()
+        try:
+            sampled(made, model, batch=2)
+            assert seen == [t for t in times for _ in range(2)]
+            seen.clear()
+            sampled(made, model, scale=1.0)
+            assert seen == times
+            seen.clear()
+            sampled(made, run(ApplyHPFA, model=model, source=source, **ONES)[0])
+            assert seen == [t for t in times for _ in range(2)]
+        finally:
+            made.source.model.diffusion_model._forward_pre_hooks.clear()
+
+    def test_rows_in_calls_of_their_own_read_the_same(self) -> None:
+        """Little memory: the host makes a call for the prompt and one for the negative prompt."""
+        made = both("leffa-sd15")
+        model = run(ApplyHPFA, model=posed(made), source=encoded(made), **ONES)[0]
+        for one, other in zip(split(model, noise(), 3.0), split(model, noise(), 3.0, apart=True), strict=True):
+            assert float((one - other).abs().max()) < LIMIT
+
+    def test_it_can_be_cancelled(self) -> None:
+        source = encoded(both("leffa-sd15"))
+        comfy.model_management.interrupt_current_processing()
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            source.reader.read(torch.tensor([3.0]))
+        assert not comfy.model_management.processing_interrupted()
+
+    def test_regions_are_those_of_a_source_read_once(self) -> None:
+        """Pruning, region match and strength work on fresh tokens: at the first reading's timestep all is equal."""
+        made = both("leffa-sd15")
+        sigma = made.target.model.model_sampling.sigma(torch.tensor(481.0))
+        anew, once = encoded(made), encoded(made, source_reading="once")
+        assert once.reader is None and anew.reader is not None and anew.get_ram_usage() > once.get_ram_usage()
+        x = noise() * (sigma**2 + 1).sqrt()
+        for more in (
+            {"background": 0.0, "upper": 0.5},
+            {"strength": 0.3},
+            {"match": "as set", "region_match": 4.0, "target_parsing": fam.dressed()},
+        ):
+            one, other = (
+                prediction(made, run(ApplyHPFA, model=posed(made), source=s, **{**ONES, **more})[0], x, sigma, 2.0)
+                for s in (anew, once)
+            )
+            assert float((one - other).abs().max()) < 1e-5, more
+
+    def test_other_families_read_once(self) -> None:
+        assert encoded(both("animate-anyone")).reader is None
+
+    def test_lora_on_source_net_stays_in_force(self) -> None:
+        made = both("leffa-sd15")
+        key = "diffusion_model.input_blocks.0.0.weight"
+        changed = made.source.clone()
+        changed.add_patches({key: ("diff", (0.1 * torch.ones_like(made.source.model.get_parameter(key)),))})
+        posed_model, plain, other = posed(made), encoded(made), encoded(made, model=changed)
+        models = [run(ApplyHPFA, model=posed_model, source=source, **ONES)[0] for source in (plain, other)]
+        before, moved = (sampled(made, model) for model in models)
+        assert worst(moved, before) > 1e-3
+        assert worst(sampled(made, models[0]), before) == 0
+        with pytest.raises(TruePoseError, match="different LoRA"):
+            run(ApplyHPFA, model=models[0], source=other, **ONES)
+
+    def test_what_cannot_be_is_refused(self) -> None:
+        made = both("leffa-sd15")
+        source = encoded(made)
+        with pytest.raises(TruePoseError, match="set source_reading to once"):
+            run(CombineSources, source=source, donor=encoded(made, image=image(2)), upper=1.0)
+        once = encoded(made, source_reading="once")
+        assert len(run(CombineSources, source=once, donor=once, upper=1.0)[0].parts) == 2
+        with pytest.raises(TruePoseError, match="this is the SourceNet"):
+            run(ApplyHPFA, model=made.source, source=source, **ONES)
+        with pytest.raises(TruePoseError, match="different timesteps"):
+            source.reader.read(torch.tensor([3.0, 4.0]))
 
 
 @pytest.mark.parametrize("kind", ["animate-anyone", "leffa-sd15"])
