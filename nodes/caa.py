@@ -13,7 +13,19 @@ from truepose_core.parsing import HumanParsing
 from truepose_core.regions import REGION_NAMES
 
 from . import host, host_caa, host_model, host_vision
-from .schema import CAA, Adapter, CAAAdapter, Parsing, PoseKeypoint, check_parsing, joined_batch, known, schema, to_core
+from .schema import (
+    CAA,
+    Adapter,
+    CAAAdapter,
+    Parsing,
+    PoseKeypoint,
+    check_parsing,
+    joined_batch,
+    known,
+    percent_window,
+    schema,
+    to_core,
+)
 from .source import bodies, carried_parsing, fitted_to
 
 FROM_SHAPES = "from the file"
@@ -227,22 +239,7 @@ class ApplyCAA(io.ComfyNode):
                         "regions are known. TruePose models match as they learned and do not read it."
                     ),
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the sampling after which the tokens are read.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the sampling until which the tokens are read.",
-                ),
+                *percent_window("the tokens are read"),
                 known(
                     io.Combo.Input,
                     id="unconditional",

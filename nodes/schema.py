@@ -36,6 +36,21 @@ def schema(**keywords: Any) -> io.Schema:
     return known(io.Schema, **keywords)
 
 
+def percent_window(what: str) -> list[io.Input]:
+    """start_percent and end_percent: the part of the sampling in which something happens ("the source is seen")."""
+    return [
+        io.Float.Input(
+            f"{end}_percent",
+            default=default,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip=f"Share of the sampling {word} which {what}.",
+        )
+        for end, default, word in (("start", 0.0, "after"), ("end", 1.0, "until"))
+    ]
+
+
 def to_core(image: Tensor, what: str) -> Tensor:
     """IMAGE [B, H, W, 1, 3 or 4] -> [B, 3, H, W] in [0, 1]; alpha is dropped, as the host's VAE does."""
     if image.dim() != 4 or image.shape[-1] not in (1, 3, 4):

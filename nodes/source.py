@@ -15,7 +15,19 @@ from truepose_core.pose import body_tensor, read_pose
 from truepose_core.regions import REGION_NAMES, Region
 
 from . import host, host_model, host_vision
-from .schema import CAA, Adapter, Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core
+from .schema import (
+    CAA,
+    Adapter,
+    Parsing,
+    PoseKeypoint,
+    Source,
+    check_parsing,
+    joined_batch,
+    known,
+    percent_window,
+    schema,
+    to_core,
+)
 
 LEARNED = "learned"
 MATCHES = (LEARNED, "as set")
@@ -282,22 +294,7 @@ class ApplyHPFA(io.ComfyNode):
                         "target pose."
                     ),
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the sampling after which the source is seen.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the sampling until which the source is seen.",
-                ),
+                *percent_window("the source is seen"),
                 known(
                     io.Combo.Input,
                     id="blocks",
