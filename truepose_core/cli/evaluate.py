@@ -26,7 +26,7 @@ parsing), warp (the source moved along the skeleton). Learned rows of equal data
 HPFA+CAA. And bundled, the model that ships.
 
 With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels), and
-pasting back.
+pasting back; and a swapped garment, with the bundled model.
 """
 EPILOG = """\
 examples:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first N pairs (default: 512, all; with --parts 64)",
     )
     parser.add_argument(
-        "--parts", action="store_true", help="measure parsing from keypoints, retargeting and pasting back instead"
+        "--parts", action="store_true", help="measure parsing from keypoints, retargeting, pasting back and a swap"
     )
     parser.add_argument(
         "--rows",

@@ -134,7 +134,7 @@ def _opencv() -> Any:
         import cv2
     except ImportError as error:
         raise TruePoseError(
-            "GrabCut needs OpenCV, which is not installed: pip install opencv-python-headless. Or switch refine off"
+            "GrabCut needs OpenCV, which is not installed: pip install opencv-python-headless"
         ) from error
     return cv2
 
