@@ -25,8 +25,8 @@ Rows without a network: copy (the source as it is), regions (the source's mean c
 parsing), warp (the source moved along the skeleton). Learned rows of equal data, budget and seed: pose, concat, HPFA,
 HPFA+CAA. And bundled, the model that ships.
 
-With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels), and
-pasting back; and a swapped garment, with the bundled model.
+With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels),
+pasting back, and a swapped garment with the bundled model.
 """
 EPILOG = """\
 examples:
