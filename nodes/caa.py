@@ -26,7 +26,7 @@ from .schema import (
     schema,
     to_core,
 )
-from .source import bodies, carried_parsing, fitted_to
+from .source import bodies, carried_parsing, fitted_to, source_bodies
 
 FROM_SHAPES = "from the file"
 
@@ -158,11 +158,7 @@ class CAAEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         check_parsing(parsing, image, "the parsing")
         batch = image.shape[0]
-        body = None if pose is None else bodies(pose, "the source pose")
-        if body is not None:
-            if body.shape[0] not in (1, batch):
-                raise TruePoseError(f"there are {body.shape[0]} source poses and {batch} images; expected 1 or {batch}")
-            body = body.expand(batch, -1, -1)
+        body = source_bodies(pose, batch)
         parsing = joined_batch(parsing.to("cpu"), batch)
         picture = to_core(image, "the image").cpu()
         if isinstance(adapter, host_vision.CAAAdapter):
@@ -288,13 +284,10 @@ class ApplyCAA(io.ComfyNode):
         target_parsing: HumanParsing | None = None,
         target_pose: object = None,
     ) -> io.NodeOutput:
-        if start_percent > end_percent:
-            raise TruePoseError(
-                f"start_percent {start_percent:g} is after end_percent {end_percent:g}; expected start <= end"
-            )
         host.unet_of(model, "the model")
         person = (face, hair, upper, lower, skin, accessory)
         cross = caa.cross(model, "target")
+        window = host.sigma_window(model, start_percent, end_percent)
         if strength == 0 or not any(person):
             return io.NodeOutput(model)
         # A trained model's background tokens read the whole person, so they weigh what the least of its regions does.
@@ -303,7 +296,7 @@ class ApplyCAA(io.ComfyNode):
         applied = host_caa.AppliedCAA(
             cross={site: tokens.weighed(omega, strength, kappa) for site, tokens in cross.items()},
             empty={site: tokens.weighed(omega, strength, kappa) for site, tokens in caa.empty(model).items()},
-            sigmas=host.sigma_window(model, start_percent, end_percent),
+            sigmas=window,
             keep_unconditional=unconditional == "keep",
             target=_target(model, caa, target_parsing, target_pose),
             given=target_parsing is not None,

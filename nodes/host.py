@@ -850,7 +850,10 @@ def same_shape(picture: tuple[int, int], cells: tuple[int, int]) -> bool:
 
 
 def sigma_window(model: object, start: float, end: float) -> tuple[float, float] | None:
-    """(highest, lowest) sigma of a range of the sampling, given as fractions 0..1; None for all of it."""
+    """(highest, lowest) sigma of a range of the sampling, given as fractions 0..1; None for all of it. Raises
+    TruePoseError for a start after the end."""
+    if start > end:
+        raise TruePoseError(f"start_percent {start:g} is after end_percent {end:g}; expected start <= end")
     if start <= 0 and end >= 1:
         return None
     sampling = model.get_model_object("model_sampling")

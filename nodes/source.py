@@ -51,6 +51,16 @@ def bodies(keypoints: object, what: str, adapter: host_model.Adapter | None = No
     return body_tensor(people)
 
 
+def source_bodies(keypoints: object, batch: int) -> Tensor | None:
+    """The source people's keypoints for `batch` images: [batch, 18, 3], or None without a pose."""
+    if keypoints is None:
+        return None
+    body = bodies(keypoints, "the source pose")
+    if body.shape[0] not in (1, batch):
+        raise TruePoseError(f"there are {body.shape[0]} source poses and {batch} images; expected 1 or {batch}")
+    return body.expand(batch, -1, -1)
+
+
 def fitted_to(
     adapter: host_model.Adapter, image: Tensor, parsing: HumanParsing, body: Tensor | None
 ) -> tuple[Tensor, HumanParsing, Tensor | None]:
@@ -166,12 +176,7 @@ class SourceNetEncode(io.ComfyNode):
         host.unet_of(model, "the model")
         adapter = host_model.adapter_of(model, adapter)
         batch = image.shape[0]
-        body = None
-        if pose is not None:
-            body = bodies(pose, "the source pose")
-            if body.shape[0] not in (1, batch):
-                raise TruePoseError(f"there are {body.shape[0]} source poses and {batch} images; expected 1 or {batch}")
-            body = body.expand(batch, -1, -1)
+        body = source_bodies(pose, batch)
         parsing = joined_batch(parsing.to("cpu"), batch)
         picture = to_core(image, "the image").cpu()
         caa = None if caa is None else caa.repeated(batch)
@@ -365,10 +370,6 @@ class ApplyHPFA(io.ComfyNode):
         adapter: host_model.Adapter | None = None,
         match: str = LEARNED,
     ) -> io.NodeOutput:
-        if start_percent > end_percent:
-            raise TruePoseError(
-                f"start_percent {start_percent:g} is after end_percent {end_percent:g}; expected start <= end"
-            )
         applied = applied_source(
             host_model.adapter_of(model, adapter),
             source,

@@ -274,7 +274,7 @@ class PoseEncoder(nn.Module):
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
         self.conv_in = nn.Conv2d(POSE_CHANNELS * UNSHUFFLE**2, widths[0], 1)
-        pairs = zip((widths[0], *widths), widths, strict=False)
+        pairs = zip((widths[0], *widths[:-1]), widths, strict=True)
         self.resnets = nn.ModuleList(Resnet(before, after) for before, after in pairs)
 
     def forward(self, maps: Tensor) -> list[Tensor]:
