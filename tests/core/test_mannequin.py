@@ -29,7 +29,7 @@ from truepose_core.mannequin import (
 from truepose_core.mannequin.body import PARENTS
 from truepose_core.mannequin.identity import luminance
 from truepose_core.mannequin.parts import body_parts
-from truepose_core.mannequin.render import _grid, trace
+from truepose_core.mannequin.render import make_scene, paint_surface, tile_grid, trace
 from truepose_core.regions import Region
 
 
@@ -294,8 +294,9 @@ def test_the_nearest_part_is_seen():
 def test_hits_lie_on_the_nearest_surface_of_an_independent_ray_march():
     """The closed form against marching along rays through the union of sampled ellipsoids."""
     people, poses = sample_identities(range(3), 11), sample_poses(range(3), 11)
-    grid = _grid(24, 18, 1)
-    surface, scene = trace(people, poses, grid)
+    grid = tile_grid(24, 18, 1)
+    scene = make_scene(people, poses, 18 / 24)
+    surface = trace(scene, grid)
     parts = body_parts(people)
     body = 1
     scale, tx, ty = scene.camera[body].double().tolist()
@@ -342,15 +343,17 @@ def test_hits_lie_on_the_nearest_surface_of_an_independent_ray_march():
 def test_patterns_move_with_the_cloth():
     """The same spot of a garment has the same colour in two poses."""
     people = sample_identities(range(12), 21)
-    grid = _grid(96, 72, 2)
+    grid = tile_grid(96, 72, 2)
     seen = []
     for seed in (0, 1):
-        surface, _ = trace(people, sample_poses(range(12), seed, "front"), grid)
+        scene = make_scene(people, sample_poses(range(12), seed, "front"), 72 / 96)
+        surface = trace(scene, grid)
+        albedo, label = paint_surface(surface, scene)
         cell = (surface.rest * 250).round().long() + 1000
         key = ((surface.person * 64 + surface.primitive) * 2000 + cell[0]) * 2000 + cell[1]
         key = key * 2000 + cell[2]
         order = key.argsort()
-        seen.append((key[order], surface.albedo[:, order], surface.label[order]))
+        seen.append((key[order], albedo[:, order], label[order]))
     (key_a, albedo_a, label_a), (key_b, albedo_b, label_b) = seen
     place = torch.searchsorted(key_b, key_a).clamp_max(len(key_b) - 1)
     same = key_b[place] == key_a
@@ -364,16 +367,18 @@ def test_patterns_move_with_the_cloth():
 def test_patterned_tops_show_two_colours_and_plain_ones_one():
     people = sample_identities(range(200), 0)
     poses = ready_poses()["stand"].select([0] * 200)
-    surface, _ = trace(people, poses, _grid(64, 48, 1))
-    upper = surface.label == Region.UPPER
+    scene = make_scene(people, poses, 48 / 64)
+    surface = trace(scene, tile_grid(64, 48, 1))
+    albedo, label = paint_surface(surface, scene)
+    upper = label == Region.UPPER
     collarless = upper & (surface.rest[1] < 0.42)
     for person in range(200):
         mine = collarless & (surface.person == person)
-        colours = torch.unique((surface.albedo[:, mine] * 255).round(), dim=1).shape[1]
+        colours = torch.unique((albedo[:, mine] * 255).round(), dim=1).shape[1]
         # The inside of an open hem or sleeve is a darker tone of the same cloth.
         if people.top_pattern[person] == 0:
             base = people.top_a[person][:, None]
-            share = ((surface.albedo[:, mine] - base).abs().amax(0) < 0.01).float().mean()
+            share = ((albedo[:, mine] - base).abs().amax(0) < 0.01).float().mean()
             assert share > 0.9
         else:
             assert colours >= 2

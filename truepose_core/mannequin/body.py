@@ -25,9 +25,12 @@ __all__ = [
     "VIEWS",
     "BodyPoses",
     "axis_angle_to_matrix",
+    "chain_rotations",
     "forward_kinematics",
     "matrix_to_axis_angle",
     "mirror_poses",
+    "openpose_points",
+    "project",
     "ready_poses",
     "rest_joints",
     "sample_poses",
@@ -302,21 +305,85 @@ def rest_joints(beta: Tensor) -> Tensor:
     return joints
 
 
+def _levels() -> tuple[tuple[list[int], list[int]], ...]:
+    """(joints, their parents) of each level of the tree below the root."""
+    depth = [0] * len(PARENTS)
+    for joint, parent in enumerate(PARENTS[1:], 1):
+        depth[joint] = depth[parent] + 1
+    levels = [[j for j, d in enumerate(depth) if d == level] for level in range(1, max(depth) + 1)]
+    return tuple((joints, [PARENTS[j] for j in joints]) for joints in levels)
+
+
+_LEVELS = _levels()
+# Where each joint stands when the joints are lined up level by level.
+_ORDER = [0, *(joint for joints, _ in _LEVELS for joint in joints)]
+_BACK = [_ORDER.index(joint) for joint in range(len(PARENTS))]
+
+
+def chain_rotations(local: Tensor, joints: Tensor) -> tuple[Tensor, Tensor]:
+    """Global rotation [N, 24, 3, 3] and position [N, 24, 3] of every joint, differentiable.
+
+    Args:
+        local: rotation of each joint in its parent's frame [N, 24, 3, 3]. joints: rest positions [N, 24, 3].
+    """
+    rotation, position = [local[:, :1]], [joints[:, :1]]
+    before = [0]
+    # Level by level: nine small products instead of twenty-three.
+    for level, parents in _LEVELS:
+        place = [before.index(parent) for parent in parents]
+        up, base = rotation[-1][:, place], position[-1][:, place]
+        offset = joints[:, level] - joints[:, parents]
+        rotation.append(up @ local[:, level])
+        position.append(base + (up @ offset[..., None])[..., 0])
+        before = level
+    return torch.cat(rotation, 1)[:, _BACK], torch.cat(position, 1)[:, _BACK]
+
+
 def forward_kinematics(theta: Tensor, joints: Tensor) -> tuple[Tensor, Tensor]:
     """Global rotation [N, 24, 3, 3] and position [N, 24, 3] of every joint.
 
     Args:
         theta: axis-angle [N, 24, 3]. joints: rest positions [N, 24, 3] (see `rest_joints`).
     """
-    local = axis_angle_to_matrix(theta)
-    offset = joints.clone()
-    offset[:, 1:] -= joints[:, list(PARENTS[1:])]
-    rotation, position = [local[:, 0]], [offset[:, 0]]
-    for joint in range(1, 24):
-        up = rotation[PARENTS[joint]]
-        rotation.append(up @ local[:, joint])
-        position.append(position[PARENTS[joint]] + (up @ offset[:, joint, :, None])[..., 0])
-    return torch.stack(rotation, 1), torch.stack(position, 1)
+    return chain_rotations(axis_angle_to_matrix(theta), joints)
+
+
+# Face points of OpenPose in the head's frame, metres: place, the direction it looks, and how far that may turn away.
+_FACE_POINTS = (
+    ((0.0, 0.082, 0.14), (0.0, 0.0, 1.0), -0.3),
+    ((-0.038, 0.112, 0.112), (-0.5, 0.0, 0.87), 0.0),
+    ((0.038, 0.112, 0.112), (0.5, 0.0, 0.87), 0.0),
+    ((-0.104, 0.1, 0.003), (-1.0, 0.0, 0.0), -0.35),
+    ((0.104, 0.1, 0.003), (1.0, 0.0, 0.0), -0.35),
+)
+_OPENPOSE_JOINTS = [17, 19, 21, 16, 18, 20, 2, 5, 8, 1, 4, 7]
+
+
+def openpose_points(rotation: Tensor, position: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """OpenPose's 18 body points of posed bodies: (metres [N, 18, 3], seen [N, 18] bool), differentiable.
+
+    A face point counts as seen when its side of the head is turned to the camera; all others always do.
+    rotation, position: from `chain_rotations`. beta: [N, 10].
+    """
+    turn, head = rotation[:, 15], 1 + 0.03 * beta[:, 8:9]
+    places = position.new_tensor([place for place, _, _ in _FACE_POINTS])
+    face = position[:, 15, None] + (head[..., None] * places) @ turn.transpose(-1, -2)
+    neck = (position[:, 16:17] + position[:, 17:18]) / 2
+    points = torch.cat([face[:, :1], neck, position[:, _OPENPOSE_JOINTS], face[:, 1:]], 1)
+    normals = position.new_tensor([normal for _, normal, _ in _FACE_POINTS])
+    least = position.new_tensor([limit for _, _, limit in _FACE_POINTS])
+    facing = turn[:, 2] @ normals.T > least
+    seen = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
+    seen[:, [0, 14, 15, 16, 17]] = facing
+    return points, seen
+
+
+def project(points: Tensor, camera: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
+    """(x / width, y / height), each [N, ...], of points [N, ..., 3] in metres. camera: absolute [N, 3]; aspect:
+    width / height of the frame."""
+    scale, right, down = (c.view(-1, *(1 for _ in points.shape[2:])) for c in camera.unbind(-1))
+    x = 0.5 + (scale * points[..., 0] + right) / aspect
+    return x, 0.5 - scale * points[..., 1] + down
 
 
 def mirror_poses(poses: BodyPoses) -> BodyPoses:

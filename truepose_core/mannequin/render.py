@@ -22,12 +22,23 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.regions import Region
 
-from .body import BodyPoses, forward_kinematics, rest_joints
+from .body import BodyPoses, forward_kinematics, openpose_points, project, rest_joints
 from .identity import Identities
 from .paint import paint, soften
 from .parts import Parts, body_parts
 
-__all__ = ["Rendering", "render"]
+__all__ = [
+    "Grid",
+    "Rendering",
+    "Scene",
+    "Surface",
+    "make_scene",
+    "paint_surface",
+    "pool_samples",
+    "render",
+    "tile_grid",
+    "trace",
+]
 
 _LIGHT = (-0.36, 0.58, 0.73)
 # Supersampled pixels worked on at once: about 300 MB at the peak on a CPU.
@@ -83,7 +94,7 @@ class Surface:
         person: position in the batch [K]. primitive: which part was hit [K].
         rest: the point in the T-pose, metres [3, K]: the same spot of the cloth in every pose.
         normal: unit normal in camera axes [3, K]. depth: towards the camera, frame heights [K].
-        albedo: unshaded colour [3, K]. label: `Region` [K].
+        inside_out: the inside of the cloth is seen there, at an open end [K] bool.
     """
 
     where: Tensor
@@ -92,21 +103,26 @@ class Surface:
     rest: Tensor
     normal: Tensor
     depth: Tensor
-    albedo: Tensor
-    label: Tensor
+    inside_out: Tensor
 
 
 # --------------------------------------------------------------------------- scene
 
 
 @dataclass(frozen=True)
-class _Scene:
+class Scene:
+    """N people posed in front of the camera.
+
+    parts: their primitives. rest: joints of the T-pose [N, 24, 3]; rotation [N, 24, 3, 3] and position [N, 24, 3] in
+    metres from the pelvis, of every joint. camera: absolute [N, 3], as `Rendering.camera`.
+    """
+
     parts: Parts
     people: Identities
-    rest: Tensor  # [N, 24, 3] rest joints
-    rotation: Tensor  # [N, 24, 3, 3]
-    position: Tensor  # [N, 24, 3] metres from the pelvis
-    camera: Tensor  # [N, 3] absolute
+    rest: Tensor
+    rotation: Tensor
+    position: Tensor
+    camera: Tensor
 
 
 def _extent(parts: Parts, rotation: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +141,8 @@ def _extent(parts: Parts, rotation: Tensor, position: Tensor) -> tuple[Tensor, T
     return low, high, start, end
 
 
-def _scene(people: Identities, poses: BodyPoses, aspect: float) -> _Scene:
+def make_scene(people: Identities, poses: BodyPoses, aspect: float) -> Scene:
+    """People [N] in poses [N], framed as the poses say. aspect: width / height of the frame."""
     rest = rest_joints(people.beta)
     rotation, position = forward_kinematics(poses.theta, rest)
     parts = body_parts(people)
@@ -140,36 +157,13 @@ def _scene(people: Identities, poses: BodyPoses, aspect: float) -> _Scene:
     free = (torch.stack([torch.full_like(scale, aspect), torch.ones_like(scale)], -1) / 2) - (size * scale[:, None] / 2)
     shift = poses.camera[:, 1:] * free.clamp_min(0)
     camera = torch.stack([scale, shift[:, 0] - centre[:, 0], shift[:, 1] + centre[:, 1]], -1)
-    return _Scene(parts, people, rest, rotation, position, camera)
+    return Scene(parts, people, rest, rotation, position, camera)
 
 
-def _keypoints(scene: _Scene, height: int, width: int) -> Tensor:
-    position, rotation = scene.position, scene.rotation
-    head = 1 + 0.03 * scene.people.beta[:, 8:9]
-    turn = rotation[:, 15]
-
-    def on_head(x: float, y: float, z: float) -> Tensor:
-        local = position.new_tensor([x, y, z]) * head
-        return position[:, 15] + (turn @ local[..., None])[..., 0]
-
-    face = [
-        (on_head(0.0, 0.082, 0.14), (0.0, 0.0, 1.0), -0.3),
-        (on_head(-0.038, 0.112, 0.112), (-0.5, 0.0, 0.87), 0.0),
-        (on_head(0.038, 0.112, 0.112), (0.5, 0.0, 0.87), 0.0),
-        (on_head(-0.104, 0.1, 0.003), (-1.0, 0.0, 0.0), -0.35),
-        (on_head(0.104, 0.1, 0.003), (1.0, 0.0, 0.0), -0.35),
-    ]
-    neck = (position[:, 16] + position[:, 17]) / 2
-    joints = [17, 19, 21, 16, 18, 20, 2, 5, 8, 1, 4, 7]
-    points = torch.stack([face[0][0], neck, *(position[:, j] for j in joints), *(f[0] for f in face[1:])], 1)
-    # A face point counts as seen when its side of the head is turned to the camera.
-    seen = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
-    for slot, (_, normal, least) in zip((0, 14, 15, 16, 17), face, strict=True):
-        seen[:, slot] = (turn[:, 2] * turn.new_tensor(normal)).sum(-1) > least
-    scale, tx, ty = (c[:, None] for c in scene.camera.unbind(-1))
-    x = (width / height / 2 + scale * points[..., 0] + tx) * (height / width)
-    y = 0.5 - scale * points[..., 1] + ty
-    seen &= (x >= 0) & (x < 1) & (y >= 0) & (y < 1)
+def _keypoints(scene: Scene, height: int, width: int) -> Tensor:
+    points, seen = openpose_points(scene.rotation, scene.position, scene.people.beta)
+    x, y = project(points, scene.camera, width / height)
+    seen = seen & (x >= 0) & (x < 1) & (y >= 0) & (y < 1)
     return torch.stack([x, y, torch.ones_like(x)], -1) * seen[..., None]
 
 
@@ -177,7 +171,7 @@ def _keypoints(scene: _Scene, height: int, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """Supersampled frame cut into square tiles. Samples are numbered tile by tile."""
 
     height: int
@@ -196,17 +190,17 @@ class _Grid:
         return self.tiles * self.tile**2
 
 
-def _grid(height: int, width: int, supersample: int) -> _Grid:
+def tile_grid(height: int, width: int, supersample: int = 1) -> Grid:
+    """The tiled frame buffer of a picture; one sample a pixel sits at the pixel's centre."""
     tile = supersample * max(1, round((8 if height * supersample <= 256 else 16) / supersample))
     rows = -(-height * supersample // tile)
     columns = -(-width * supersample // tile)
-    return _Grid(height, width, supersample, tile, rows, columns)
+    return Grid(height, width, supersample, tile, rows, columns)
 
 
-def trace(people: Identities, poses: BodyPoses, grid: _Grid) -> tuple[Surface, _Scene]:
-    """Visible surface of people [N] in poses [N]; the ground everything else is computed from."""
-    scene = _scene(people, poses, grid.width / grid.height)
-    parts = scene.parts
+def trace(scene: Scene, grid: Grid) -> Surface:
+    """The visible surface of a scene; the ground everything else is computed from."""
+    people, parts = scene.people, scene.parts
     n, p = parts.radius.shape[:2]
     device = parts.radius.device
     scale = scene.camera[:, 0]
@@ -381,16 +375,13 @@ def trace(people: Identities, poses: BodyPoses, grid: _Grid) -> tuple[Surface, _
     slope = soften(people, scene.rest, parts, person, primitive, rest, slope)
     normal = torch.stack([m[3 * a] * slope[0] + m[3 * a + 1] * slope[1] + m[3 * a + 2] * slope[2] for a in range(3)])
     normal = normal * (normal * normal).sum(0).clamp_min(1e-20).rsqrt()
-    point = torch.stack(rest)
-    albedo, label = paint(people, scene.rest, parts, person, primitive, point)
-    albedo = torch.where(inside_out, albedo * 0.55, albedo)
-    return Surface(where, person, primitive, point, normal, z, albedo, label), scene
+    return Surface(where, person, primitive, torch.stack(rest), normal, z, inside_out)
 
 
 # --------------------------------------------------------------------------- pictures
 
 
-def _pool(samples: Tensor, grid: _Grid, n: int) -> Tensor:
+def pool_samples(samples: Tensor, grid: Grid, n: int) -> Tensor:
     """Sum over the supersamples of a plane [C, n * samples] -> [n, C, H, W]."""
     ss, inner = grid.supersample, grid.tile // grid.supersample
     view = samples.view(samples.shape[0], n, grid.rows, grid.columns, inner, ss, inner, ss)
@@ -404,7 +395,13 @@ def _pool(samples: Tensor, grid: _Grid, n: int) -> Tensor:
     return full[..., : grid.height, : grid.width]
 
 
-def _develop(surface: Surface, scene: _Scene, grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
+def paint_surface(surface: Surface, scene: Scene) -> tuple[Tensor, Tensor]:
+    """Unshaded colour [3, K] and `Region` [K] of the visible samples."""
+    albedo, label = paint(scene.people, scene.rest, scene.parts, surface.person, surface.primitive, surface.rest)
+    return torch.where(surface.inside_out, albedo * 0.55, albedo), label
+
+
+def _develop(surface: Surface, scene: Scene, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     people = scene.people
     n = len(people)
     device = people.skin.device
@@ -414,7 +411,8 @@ def _develop(surface: Surface, scene: _Scene, grid: _Grid) -> tuple[Tensor, Tens
     facing = surface.normal[2].clamp(0, 1)
     sky = surface.normal[1] * 0.05
     shade = (0.56 + 0.47 * lambert + sky) * (0.84 + 0.16 * facing)
-    lit = (surface.albedo * shade).clamp_(0, 1)
+    albedo, label = paint_surface(surface, scene)
+    lit = (albedo * shade).clamp_(0, 1)
 
     area = grid.tile**2
     line = torch.arange(grid.rows * grid.tile, device=device).view(grid.rows, 1, grid.tile, 1)
@@ -426,7 +424,7 @@ def _develop(surface: Surface, scene: _Scene, grid: _Grid) -> tuple[Tensor, Tens
 
     # Seven counters of eight bits each in one integer: one pooling pass instead of seven.
     packed = torch.ones(1, n * grid.samples, dtype=torch.int64, device=device)
-    packed[0, surface.where] = torch.ones_like(surface.label) << (8 * surface.label)
+    packed[0, surface.where] = torch.ones_like(label) << (8 * label)
 
     far = torch.full((n,), 1e4, device=device)
     near = torch.full((n,), _FAR, device=device)
@@ -438,13 +436,13 @@ def _develop(surface: Surface, scene: _Scene, grid: _Grid) -> tuple[Tensor, Tens
     depth[0, surface.where] = relative
 
     share = 1.0 / grid.supersample**2
-    image = _pool(planes, grid, n) * share
-    counts = _pool(packed, grid, n)
+    image = pool_samples(planes, grid, n) * share
+    counts = pool_samples(packed, grid, n)
     parsing = torch.cat([((counts >> (8 * r)) & 255) for r in range(len(Region))], 1)
     return (
         image.contiguous(),
         parsing.to(torch.float32) * share,
-        (_pool(depth, grid, n) * share).contiguous(),
+        (pool_samples(depth, grid, n) * share).contiguous(),
     )
 
 
@@ -484,7 +482,7 @@ def render(
     if chunk is not None and chunk < 1:
         raise TruePoseError(f"chunk is {chunk}; expected at least 1.")
     target = torch.device(device) if device is not None else identities.skin.device
-    grid = _grid(height, width, supersample)
+    grid = tile_grid(height, width, supersample)
     budget = _PIXELS_CPU if target.type == "cpu" else _PIXELS_GPU
     size = chunk or max(1, budget // grid.samples)
     pieces: list[Rendering] = []
@@ -493,7 +491,8 @@ def render(
             index = torch.arange(first, min(first + size, len(identities)))
             people = identities.select(index.to(identities.skin.device)).to(target)
             taken = poses.select(index.to(poses.theta.device)).to(target)
-            surface, scene = trace(people, taken, grid)
+            scene = make_scene(people, taken, width / height)
+            surface = trace(scene, grid)
             image, parsing, depth = _develop(surface, scene, grid)
             pieces.append(
                 Rendering(
