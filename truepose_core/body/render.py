@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
 
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
@@ -263,12 +263,13 @@ def relative_depth(maps: BodyMaps) -> Tensor:
 
 def surface_tokens(maps: BodyMaps, height: int, width: int) -> Tensor:
     """Places on the body for attention on a height x width grid: [N, height * width, 4], metres at rest (x, y, z) and
-    1 on the body, 0 off it. Each cell takes the mean place of its own body pixels."""
-    on = maps.mask
-    full = torch.cat([maps.rest * on, on], 1)
-    side_h, side_w = -(-maps.size[0] // height) * height, -(-maps.size[1] // width) * width
-    full = pad(full, (0, side_w - maps.size[1], 0, side_h - maps.size[0]))
-    pooled = torch.nn.functional.adaptive_avg_pool2d(full, (height, width))
-    share = pooled[:, 3:]
-    place = pooled[:, :3] / share.clamp(min=1e-6)
-    return torch.cat([place * (share > 0), (share > 0.25).to(place)], 1).flatten(2).transpose(1, 2)
+    1 on the body, 0 off it. A cell takes the mean place of the part that fills most of it: an arm in front of the
+    trunk must not end up between the two."""
+    parts = one_hot((maps.part + 1), 25).permute(0, 3, 1, 2)[:, 1:].to(maps.rest)
+    share = adaptive_avg_pool2d(parts, (height, width))
+    most = share.argmax(1, keepdim=True)
+    mine = (interpolate(most.float(), maps.size, mode="nearest").long() == maps.part[:, None]).to(maps.rest)
+    place = adaptive_avg_pool2d(torch.cat([maps.rest * mine, mine], 1), (height, width))
+    on_body = (share.sum(1, keepdim=True) >= 0.25) & (place[:, 3:] > 0)
+    place = place[:, :3] / place[:, 3:].clamp(min=1e-6) * on_body
+    return torch.cat([place, on_body.to(place)], 1).flatten(2).transpose(1, 2)

@@ -94,6 +94,42 @@ def _open(path: str | Path, with_tensors: bool = False) -> tuple[dict[str, str],
     return metadata, tensors
 
 
+def save_small(
+    tensors: Mapping[str, Tensor], path: str | Path, kind: str, config: Mapping[str, Any], training: Mapping[str, Any]
+) -> Path:
+    """Write a small network (lifting, field, alignment) in float16, atomically, described like a model."""
+    from safetensors.torch import save
+
+    from truepose_core.images import atomic_write
+
+    half = {name: x.detach().cpu().half().contiguous().clone() for name, x in tensors.items()}
+    metadata = {
+        "format": "pt",
+        "architecture": f"{ARCHITECTURE}-{kind}",
+        "config": json.dumps(dict(config), sort_keys=True),
+        "training": json.dumps(dict(training), sort_keys=True),
+        "sha256": weights_hash(half),
+    }
+    return atomic_write(path, save(half, metadata), overwrite=True)
+
+
+def read_small(path: str | Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of `save_small`. Raises TruePoseError when it is missing, damaged or another
+    kind."""
+    metadata, tensors = open_tensors(path)
+    if metadata.get("architecture") != f"{ARCHITECTURE}-{kind}":
+        raise TruePoseError(
+            f"{path} holds {metadata.get('architecture') or 'another architecture'}; expected the weights of "
+            f"truepose train --row {kind}"
+        )
+    return metadata, tensors
+
+
+def open_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file. Raises TruePoseError when it is missing or truncated."""
+    return _open(path, with_tensors=True)
+
+
 def load_model(path: str | Path = BUNDLED, *, verify: bool = False, vae: str | Path | None = None) -> TruePoseModel:
     """Load a model file ("bundled" for the one that ships), in float32, ready for inference.
 
