@@ -122,12 +122,14 @@ def _widened(parts: Parts, girth: Girth) -> Parts:
 
 @dataclass(frozen=True)
 class GenericBody:
-    """The mannequin in a neutral wardrobe. girth: of N people (or of one, for all); None is the neutral one's."""
+    """The mannequin in a neutral wardrobe. girth: of N people (or of one, for all); None is the neutral one's. people:
+    N people of the mannequin world in their own clothes instead, for training and measuring."""
 
     girth: Girth | None = None
+    people: Identities | None = None
 
     def _scene(self, body: BodyPose) -> Scene:
-        people = neutral_people(body.beta)
+        people = neutral_people(body.beta) if self.people is None else replace(self.people, beta=body.beta)
         rest = rest_joints(body.beta)
         rotation, position = chain_rotations(axis_angle_to_matrix(body.theta), rest)
         parts = body_parts(people)
@@ -135,17 +137,20 @@ class GenericBody:
             parts = _widened(parts, self.girth)
         return Scene(parts, people, rest, rotation, position, body.camera)
 
-    def _of(self, chosen: Tensor) -> GenericBody:
-        if self.girth is None or len(self.girth.trunk) == 1:
-            return self
-        return GenericBody(self.girth.select(chosen))
+    def select(self, index: Tensor) -> GenericBody:
+        """The bodies of the people at `index`."""
+        one = self.girth is not None and len(self.girth.trunk) == 1
+        return GenericBody(
+            self.girth if one or self.girth is None else self.girth.select(index),
+            None if self.people is None else self.people.select(index),
+        )
 
     @torch.no_grad()
     def render(self, body: BodyPose, height: int, width: int) -> BodyMaps:
         """The visible surface of N bodies in a frame of height x width pixels. Raises TruePoseError where a body is
         wholly outside the frame."""
         pieces = [
-            _maps(self._of(chosen)._scene(body.select(chosen)), height, width)
+            _maps(self.select(chosen)._scene(body.select(chosen)), height, width)
             for chosen in torch.arange(len(body), device=body.theta.device).split(_CHUNK)
         ]
         maps = BodyMaps(
