@@ -50,5 +50,5 @@ def _member(file: np.lib.npyio.NpzFile, name: str, where: str) -> np.ndarray:
             raise
         raise TruePoseError(
             f"{name} of {where} is a pickled object (a dictionary, a sparse matrix, None), and pickles are never "
-            "opened. Save it again as a plain array of numbers: a sparse matrix by .toarray(), a dictionary by its values"
+            "opened. Save it again as plain numbers: a sparse matrix by .toarray(), a dictionary by its values"
         ) from error
