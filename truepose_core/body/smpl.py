@@ -7,7 +7,7 @@ point went speak the language of `body.render`.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -123,7 +123,7 @@ class SmplModel:
 
     def to(self, device: torch.device | str) -> SmplModel:
         """The same model on another device."""
-        moved = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: None if x is None else x.to(device) for name, x in moved.items()})
 
     def joints(self, beta: Tensor) -> Tensor:
@@ -216,6 +216,8 @@ class SmplModel:
     def _look_alikes(self) -> dict[str, Tensor]:
         tables = {}
         for name, (x, z) in MIRRORS.items():
+            if name == "none":
+                continue
             mirrored = self.rest * self.rest.new_tensor([x, 1.0, z])
             tables[name] = torch.cat([torch.cdist(some, self.rest).argmin(1) for some in mirrored.split(1024)])
         return tables
@@ -235,9 +237,11 @@ def at_surface(values: Tensor, faces: Tensor, face: Tensor, barycentric: Tensor)
     faces: [F, 3]. face: [N, ...] and barycentric: [N, ..., 3], as `rasterize` gives them. With the vertices of another
     pose as values this is where the points went.
     """
-    corners = faces[face.clamp(min=0)].flatten(1)
-    found = values.gather(1, corners[..., None].expand(-1, -1, values.shape[-1]))
-    return (found.view(*face.shape, 3, values.shape[-1]) * barycentric[..., None]).sum(-2)
+    on = face >= 0
+    corners = values[on.nonzero()[:, :1], faces[face[on]]]
+    found = values.new_zeros((*face.shape, values.shape[-1]))
+    found[on] = (corners * barycentric[on][..., None]).sum(1)
+    return found
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
