@@ -36,7 +36,8 @@ class BodyMaps:
     fixed to [N, H, W], -1 where nobody is. normal: unit, camera axes [N, 3, H, W]. depth: towards the camera, in frame
     heights from the frame's plane [N, 1, H, W]. mask: 1 on the body [N, 1, H, W]. region: `Region` of the body's own
     neutral wardrobe [N, H, W]. Everything but part is 0 where nobody is.
-    vertex: for a mesh, the corner that is nearest to the surface point [N, H, W], else None.
+    face, barycentric: of a mesh, the triangle [N, H, W] (-1 where nobody is) and the place in it [N, H, W, 3]; else
+    None.
     """
 
     rest: Tensor
@@ -45,7 +46,8 @@ class BodyMaps:
     depth: Tensor
     mask: Tensor
     region: Tensor
-    vertex: Tensor | None = None
+    face: Tensor | None = None
+    barycentric: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
