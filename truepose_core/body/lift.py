@@ -167,7 +167,12 @@ def fit_bodies(
             off = off / (1.75 * camera[:, None, :1].detach())
             miss = (off.square().sum(-1) * weight).sum(1)
             stay = (local - rotation).square().sum((1, 2, 3))
-            loss = 4000 * miss.sum() + _PRIOR * stay.sum() + 0.3 * (shape - start).square().sum() + 0.05 * shape.square().sum()
+            loss = (
+                4000 * miss.sum()
+                + _PRIOR * stay.sum()
+                + 0.3 * (shape - start).square().sum()
+                + 0.05 * shape.square().sum()
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -261,6 +266,8 @@ def lift_net(path: str | None = None) -> LiftNet:
     from truepose_core.models.store import load_strict, read_small
 
     metadata, tensors = read_small(path or net_path(), "lift")
-    net = LiftNet(**json.loads(metadata["config"]))
-    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(path or net_path()))
-    return net.eval().requires_grad_(False)
+    # Weights made inside inference mode (ComfyUI's nodes) could never take part in a gradient.
+    with torch.inference_mode(False):
+        net = LiftNet(**json.loads(metadata["config"]))
+        load_strict(net, {name: x.float() for name, x in tensors.items()}, str(path or net_path()))
+        return net.eval().requires_grad_(False)
