@@ -135,10 +135,10 @@ def fit_bodies(
     """Move bodies until their keypoints lie on the given ones.
 
     rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
-    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10], which
-    stay as they are. Returns rotation, beta, camera
-    [N, 3], and the root mean square distance that is left [N], in frame heights. Adam on the rotations' first two
-    columns; squared distances of keypoints in units of the person's own height.
+    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10],
+    which stay as they are. Returns rotation, beta, camera [N, 3], and the root mean square distance that is left [N],
+    in frame heights. Adam on the rotations' first two columns; squared distances of keypoints in units of the person's
+    own height.
     """
     xy, weight = _in_heights(body, aspect)
     people = torch.arange(len(body), device=body.device) if people is None else people
@@ -196,8 +196,8 @@ def check_liftable(body: Tensor) -> None:
     counts = (body[..., 2] > 0).sum(1)
     if int(counts.min()) < FEWEST:
         raise TruePoseError(
-            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} to "
-            "lift a body. Use the skeleton instead, or give keypoints of more of the person"
+            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} "
+            "to lift a body. Use the skeleton instead, or give keypoints of more of the person"
         )
 
 

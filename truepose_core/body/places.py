@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -40,7 +40,7 @@ class SurfacePlaces:
     body: Tensor
     aspect: float
     given: BodyPose | None = None
-    model: BodyModel = GenericBody()
+    model: BodyModel = field(default_factory=GenericBody)
 
     @cached_property
     def bodies(self) -> BodyPose:

@@ -99,8 +99,8 @@ class TruePoseConfig:
 
     codec: "pixels" (space to depth with `patch`, no VAE) or "vae". fusion: "none" (pose only), "concat"
     (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
-    training; 0 is plain concatenation. match: what places on the body are, "skeleton" (on limb lines) or "surface" (of a
-    body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried along the
+    training; 0 is plain concatenation. match: what places on the body are, "skeleton" (on limb lines) or "surface" (of
+    a body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried along the
     skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training
     images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword arguments of diffusers' AutoencoderKL
     where the file brings its own VAE. behaviour: how the nets are run. Raises TruePoseError for a choice that does not

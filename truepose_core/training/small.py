@@ -187,7 +187,8 @@ class SmallTrainer(ABC):
         ]
         if other:
             raise TruePoseError(
-                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out folder"
+                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out "
+                "folder"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:
