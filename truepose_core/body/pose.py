@@ -62,7 +62,8 @@ class BodyPose:
         if scale.min() <= 0 or scale.max() > _FAR or shift > _FAR:
             raise TruePoseError(
                 f"the camera of a body has a scale of {scale.min().item():g} to {scale.max().item():g} and shifts up "
-                f"to {shift:g}; expected a scale above 0 and at most {_FAR:g} and shifts within {_FAR:g}, in frame heights"
+                f"to {shift:g}; expected a scale above 0 and at most {_FAR:g} and shifts within {_FAR:g}, in frame "
+                "heights"
             )
 
     def __len__(self) -> int:

@@ -107,8 +107,8 @@ def world_rotations(local: Tensor) -> Tensor:
 
 
 class LiftTrainer(SmallTrainer):
-    """The first body learns from every sample, the others from those that they are nearest to (multiple choice learning,
-    Guzman-Rivera et al. 2012); the doubts learn each body's mean joint angle error."""
+    """The first body learns from every sample, the others from those that they are nearest to (multiple choice
+    learning, Guzman-Rivera et al. 2012); the doubts learn each body's mean joint angle error."""
 
     kind = "lift"
     config: LiftConfig
