@@ -13,7 +13,7 @@ from torch import Tensor
 from truepose_core.alignment.skeleton_prior import carry as carry_along_skeleton
 from truepose_core.alignment.skeleton_prior import region_colors, region_prior
 from truepose_core.body.carry import Correspondence, carry, correspond
-from truepose_core.body.lift import fit_bodies, lift
+from truepose_core.body.lift import fit_bodies, lift, lift_net
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyModel, GenericBody
 from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
@@ -90,7 +90,9 @@ class BodyRows:
         if not d.refit:
             return BodyPose(matrix_to_axis_angle(rotation), side.beta, side.camera)
         aspect = side.image.shape[-1] / side.image.shape[-2]
-        rotation, beta, camera, _ = fit_bodies(rotation, side.beta, keypoints, aspect, shape=side.beta)
+        rotation, beta, camera, _ = fit_bodies(
+            rotation, side.beta, keypoints, aspect, covariance=lift_net().covariance, shape=side.beta
+        )
         return BodyPose(matrix_to_axis_angle(rotation), beta, camera)
 
     def bodies(self, kind: str, pairs: PairBatch) -> tuple[BodyPose, BodyPose, BodyModel]:
