@@ -95,6 +95,12 @@ class Aligned:
     log_parsing: Tensor
 
     @property
+    def looked_up(self) -> Tensor:
+        """Where each pixel was looked up in the source in the end [B, H, W, 2] in [-1, 1]."""
+        height, width = self.flow.shape[-2:]
+        return self.grid + in_grid(self.flow, height, width)
+
+    @property
     def seen(self) -> Tensor:
         """Share of each pixel that comes from the source's own surface or its look-alikes [B, 1, H, W]."""
         return 1 - self.weights[:, -1:]
@@ -102,6 +108,11 @@ class Aligned:
 
 def _conv(a: int, b: int, size: int = 3) -> nn.Conv2d:
     return nn.Conv2d(a, b, size, padding=size // 2)
+
+
+def in_grid(flow: Tensor, height: int, width: int) -> Tensor:
+    """Shifts in picture heights [B, 2, H, W] in the units of a sampling grid [B, H, W, 2]."""
+    return torch.stack([flow[:, 0] * (2 * height / width), flow[:, 1] * 2], -1)
 
 
 class _Block(nn.Module):
@@ -170,7 +181,7 @@ class AlignNet(nn.Module):
 
         coarse = interpolate(self.coarse(a), (height, width), mode="bilinear", align_corners=False)
         flow = c.reach * coarse[:, :2].tanh() * inputs.mask
-        shift = torch.stack([flow[:, 0] * (2 * height / width), flow[:, 1] * 2], -1)
+        shift = in_grid(flow, height, width)
         moved = grid_sample(inputs.image, inputs.grid + shift, padding_mode="border", align_corners=False)
         colors = torch.cat([moved[:, None], inputs.colors[:, 1:]], 1)
 
