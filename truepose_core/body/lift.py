@@ -8,7 +8,6 @@ the continuous rotations are those of HMR (arXiv 1712.06584) and Zhou et al. (ar
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -253,9 +252,6 @@ def net_path() -> Path:
 def lift_net(path: str | None = None) -> LiftNet:
     """The lifting network (the one that ships, or a file of `truepose train --row lift`), in float32. Raises
     TruePoseError when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import load_strict, read_small
+    from truepose_core.models.store import load_small
 
-    metadata, tensors = read_small(path or net_path(), "lift")
-    net = LiftNet(**json.loads(metadata["config"]))
-    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(path or net_path()))
-    return net.eval().requires_grad_(False)
+    return load_small(path or net_path(), "lift", LiftNet)
