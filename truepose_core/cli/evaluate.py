@@ -45,7 +45,7 @@ examples:
   truepose eval --rows copy mine --model mine=run/weights.safetensors
   truepose eval --data mannequin --parts --pairs 64
   truepose eval --data mannequin --field
-  truepose eval --data mannequin --field-guidance --field-scale 0.5 1 2
+  truepose eval --data mannequin --field-guidance --field-scale 10 50 250
 """
 
 
@@ -77,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(),
         nargs="+",
         metavar="S",
-        help="with --field-guidance: the scales to compare (default: 1)",
+        help="with --field-guidance: the scales to compare (default: 50)",
     )
     parser.add_argument(
         "--field-mu",
         type=number(),
         metavar="M",
-        help="with --field-guidance: weight of the distance to the target pose (default: 400)",
+        help="with --field-guidance: weight of the distance to the target pose (default: 20)",
     )
     parser.add_argument(
         "--rows",

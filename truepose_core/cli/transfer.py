@@ -211,13 +211,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(),
         default=0.0,
         metavar="S",
-        help="how far each step moves the picture towards a possible pose and the one asked for; 0 is off (default: 0)",
+        help="how far each step moves the picture towards a possible pose and the one asked for; 50 is a start, "
+        "0 is off (default: 0)",
     )
     field.add_argument(
         "--field-mu",
         type=number(),
         metavar="M",
-        help="how strongly joints are drawn to the pose asked for, beside the field (default: 400)",
+        help="how strongly joints are drawn to the pose asked for, beside the field (default: 20)",
     )
     field.add_argument(
         "--field-window",

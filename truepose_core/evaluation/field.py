@@ -18,13 +18,14 @@ from truepose_core.training.field import (
     NearestPoses,
     labelled_poses,
     mannequin_poses,
+    mix_poses,
 )
 
 POSES = 6000
 VALID = 50_000
 """Valid poses of the test split that distances are measured to."""
-_LEGS = (0, 1, 3, 4, 6, 7, 9, 10)
-"""Places of the legs' joints among the 23."""
+_LEFT = (0, 3, 6, 9, 12, 15, 17, 19, 21)
+"""Places of the left joints among the 23; each has the right one behind it."""
 _DESCENT_STEPS = 20
 
 
@@ -33,8 +34,9 @@ class FieldReport:
     """The result of `evaluate_field`. Distances in radians, the root mean square over joints.
 
     levels: noise -> {"true", "predicted": mean distance, "error": mean absolute error, "spearman": within the level}.
-    spearman: of all held-out levels together. valid: mean predicted distance of valid poses. mixed: the same columns
-    for another kind of invalid pose: the legs of one person and the rest of another, every rotation half as far again.
+    spearman: of all held-out levels together. valid: mean predicted distance of valid poses. mixed, swapped:
+    the same columns for other kinds of invalid poses: the legs of one person under the trunk of another, every rotation
+    half as far again; and left and right joints' rotations exchanged, which training never saw.
     descent: mean true distance of poses with noise 0.35 {"before", "after"} they were moved down the field.
     poses, nearest_of: how many were measured, and to how many valid ones.
     """
@@ -43,6 +45,7 @@ class FieldReport:
     spearman: float
     valid: float
     mixed: dict[str, float]
+    swapped: dict[str, float]
     descent: dict[str, float]
     poses: int
     nearest_of: int
@@ -57,7 +60,7 @@ class FieldReport:
 
     def markdown(self) -> str:
         """The table."""
-        rows = [*self.levels.items(), ("mixed", self.mixed)]
+        rows = [*self.levels.items(), ("mixed", self.mixed), ("swapped", self.swapped)]
         lines = [
             "| noise | true | predicted | error | Spearman |",
             "|---|---:|---:|---:|---:|",
@@ -73,7 +76,8 @@ class FieldReport:
             f"{self.poses} noised poses of the test split, distances in radians (root mean square over joints) to the "
             f"nearest of {self.nearest_of} valid test poses. Noise is radians per axis; trained on "
             f"{', '.join(f'{x:g}' for x in LEVELS)}. Mixed: no noise, but the legs of one and the trunk of another "
-            "person, every rotation half as far again.",
+            "person, every rotation half as far again. Swapped: left and right joints' rotations exchanged, a kind "
+            "that training never saw.",
         ]
         return "\n".join(lines) + "\n"
 
@@ -94,7 +98,9 @@ def evaluate_field(
     noised, true, level = labelled_poses(known, nearest, poses, HELD_OUT_LEVELS, seed)
     found = predicted(field, noised)
     generator = torch.Generator().manual_seed(seed)
-    strange = mixed_poses(known, poses // len(HELD_OUT_LEVELS), generator)
+    count = poses // len(HELD_OUT_LEVELS)
+    one, other = (known[torch.randint(len(known), (count,), generator=generator)] for _ in range(2))
+    mixed, swapped = mix_poses(one, other, torch.full((count, 2), 1.5)), swap_sides(one)
     start = noised[level == level.new_tensor(0.35)][:400]
     return FieldReport(
         levels={
@@ -103,7 +109,8 @@ def evaluate_field(
         },
         spearman=spearman(found, true),
         valid=predicted(field, mannequin_poses(min(poses, valid), "test", first=valid)).mean().item(),
-        mixed=_columns(predicted(field, strange), nearest.distance(strange)),
+        mixed=_columns(predicted(field, mixed), nearest.distance(mixed)),
+        swapped=_columns(predicted(field, swapped), nearest.distance(swapped)),
         descent={
             "before": nearest.distance(start).mean().item(),
             "after": nearest.distance(descend(field, start)).mean().item(),
@@ -139,15 +146,13 @@ def _columns(found: Tensor, true: Tensor) -> dict[str, float]:
     }
 
 
-def mixed_poses(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Legs of one valid pose and the rest of another, all rotations 1.5 times as far: [count, 23, 3, 3]."""
-    from truepose_core.mannequin import matrix_to_axis_angle
-
-    one, other = (valid[torch.randint(len(valid), (count,), generator=generator)] for _ in range(2))
-    legs = torch.zeros(LOCAL, dtype=torch.bool)
-    legs[list(_LEGS)] = True
-    mixed = torch.where(legs[None, :, None, None], one, other)
-    return axis_angle_to_matrix(1.5 * matrix_to_axis_angle(mixed))
+def swap_sides(rotations: Tensor) -> Tensor:
+    """Poses [N, 23, 3, 3] in which left joints turn as the right ones did and the other way round, not mirrored: elbows
+    and knees bend where none can."""
+    order = list(range(LOCAL))
+    for left in _LEFT:
+        order[left], order[left + 1] = left + 1, left
+    return rotations[:, order]
 
 
 def descend(field: PoseField, rotations: Tensor, steps: int = _DESCENT_STEPS) -> Tensor:

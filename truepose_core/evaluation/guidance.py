@@ -80,8 +80,8 @@ class GuidanceReport:
         step = self.step
         lines += [
             "",
-            f"{self.model} at {self.size[1]}x{self.size[0]} (width x height), {self.steps} steps, {self.pairs} pairs of "
-            "each kind: of four times as many pairs of the test split, those whose target is nearest to standing "
+            f"{self.model} at {self.size[1]}x{self.size[0]} (width x height), {self.steps} steps, {self.pairs} pairs "
+            "of each kind: of four times as many pairs of the test split, those whose target is nearest to standing "
             "(easy) and farthest from it (extreme). Keypoints read by the judge; error in picture heights, field in "
             "radians, PSNR of the person in dB.",
             f"Guidance of one picture takes {1000 * step['seconds']:.1f} ms a step, beside the "

@@ -37,8 +37,8 @@ class FieldGuidance:
     Raises TruePoseError for numbers out of these ranges.
     """
 
-    scale: float = 1.0
-    mu: float = 400.0
+    scale: float = 50.0
+    mu: float = 20.0
     start: float = 0.0
     end: float = 1.0
     predictor: str | Path | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from truepose_core.alignment.field import DEPTH, KIND, LOCAL, WIDTH, PoseField, pose_distance, read_poses
 from truepose_core.errors import TruePoseError
-from truepose_core.mannequin import axis_angle_to_matrix, sample_poses
+from truepose_core.mannequin import axis_angle_to_matrix, matrix_to_axis_angle, sample_poses
 from truepose_core.mannequin.world import split_seed
 from truepose_core.training.small import SmallConfig, SmallTrainer
 
@@ -33,7 +33,7 @@ _CHUNK = 4096
 class FieldConfig(SmallConfig):
     """data: "mannequin", or a folder of AMASS-style npz files, whose poses are the valid ones then, every `every`-th
     frame. valid: how many valid poses are drawn from the mannequin world's train split. noised: labelled poses that the
-    steps draw from. width, depth: of the hidden layers."""
+    steps draw from, a quarter of them mixed instead (`mix_poses`). width, depth: of the hidden layers."""
 
     steps: int = 12_000
     batch: int = 512
@@ -99,6 +99,22 @@ def noise_poses(rotations: Tensor, level: Tensor, generator: torch.Generator) ->
     return rotations @ axis_angle_to_matrix(turn * kept[..., None])
 
 
+_LEGS = (0, 1, 3, 4, 6, 7, 9, 10)
+"""Places of the legs' joints among the 23."""
+
+
+def mix_poses(one: Tensor, other: Tensor, stretch: Tensor) -> Tensor:
+    """The legs of one pose under the trunk of another, their rotations `stretch` times as far: [N, 23, 3, 3].
+
+    one, other: [N, 23, 3, 3]. stretch: [N, 2], of the legs and of the rest. Such poses are invalid in another way than
+    noised ones: smooth, and too far or ill-matched.
+    """
+    legs = torch.zeros(LOCAL, dtype=torch.bool)
+    legs[list(_LEGS)] = True
+    turn = matrix_to_axis_angle(torch.where(legs[:, None, None], one, other))
+    return axis_angle_to_matrix(turn * torch.where(legs, stretch[:, :1], stretch[:, 1:])[..., None])
+
+
 def labelled_poses(
     valid: Tensor, nearest: NearestPoses, count: int, levels: tuple[float, ...], seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +152,14 @@ class FieldTrainer(SmallTrainer):
             valid = mannequin_poses(c.valid, "train", seed=c.seed)
         else:
             valid = axis_angle_to_matrix(read_poses(pose_files(c.data), c.every)[:, 1:])
-        self.noised, self.distances, _ = labelled_poses(valid, NearestPoses(valid), c.noised, LEVELS, c.seed)
+        nearest = NearestPoses(valid)
+        mixed = c.noised // 4
+        noised, distances, _ = labelled_poses(valid, nearest, c.noised - mixed, LEVELS, c.seed)
+        generator = torch.Generator().manual_seed(c.seed + 1)
+        one, other = (valid[torch.randint(len(valid), (mixed,), generator=generator)] for _ in range(2))
+        strange = mix_poses(one, other, 0.5 + 1.5 * torch.rand((mixed, 2), generator=generator))
+        self.noised = torch.cat([noised, strange])
+        self.distances = torch.cat([distances, nearest.distance(strange)])
         return PoseField(c.width, c.depth)
 
     def describe(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ SIZES = {PICTURES: (64, 48), "vae": (512, 384)}
 _LONGEST_BLUR = 3.0
 """Standard deviation in pixels of a picture 64 high: about what the estimate is at the first steps."""
 _GRAIN = 0.25
+_LARGEST_POOL = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,17 @@ class KeypointConfig(SmallConfig):
     def __post_init__(self) -> None:
         if len(self.widths) != 3 or any(w < 8 or w % 8 for w in self.widths):
             raise TruePoseError(f"widths are {self.widths}; expected three multiples of 8")
+        height, width = SIZES["vae" if self.vae else PICTURES]
+        pool = self.people * self.poses * 10 * height * width
+        if self.data == "mannequin" and pool > _LARGEST_POOL:
+            raise TruePoseError(
+                f"{self.people} people in {self.poses} poses at {width}x{height} take {pool / 2**30:.1f} GiB; expected "
+                f"at most {_LARGEST_POOL / 2**30:.0f}: lower --people"
+            )
 
 
 def turned_away(body: Tensor) -> Tensor:
-    """How often to draw each of the people [N, 18, 3]: those seen from behind, few in the world, as often as the others.
+    """How often to draw each of the people [N, 18, 3]: those seen from behind, few in the world, as often as others.
     Without that, the predictor takes everybody to be seen from the front, and their left hand for their right."""
     behind = (body[:, 2, 0] > body[:, 5, 0]) & (body[:, (2, 5), 2] > 0).all(1)
     share = behind.float().mean().clamp(0.02, 0.5)

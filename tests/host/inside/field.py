@@ -24,7 +24,7 @@ from truepose_core.models.store import save_small
 
 def guided(who: object, name: str | None = "walk", **more: object) -> object:
     target = {} if name is None else {"target_pose": keypoints(person(5, name))}
-    return run(PoseFieldGuidance, model=who, **{"scale": 2.0, **target, **more})[0]
+    return run(PoseFieldGuidance, model=who, **{"scale": 50.0, **target, **more})[0]
 
 
 def predictor(name: str, channels: int = 4) -> str:
@@ -49,9 +49,9 @@ def test_scale_zero_hands_the_model_on() -> None:
 def test_the_estimate_is_moved_by_the_cores_step() -> None:
     x, who = noise(4), posed()
     plain = denoised(who, x)
-    for name, weight in (("walk", 400.0), (None, 400.0), ("walk", 0.0)):
+    for name, weight in (("walk", 20.0), (None, 20.0), ("walk", 0.0)):
         target = None if name is None else bodies(keypoints(person(5, name)), "pose", loaded().adapter)
-        options = FieldGuidance(scale=2.0, mu=weight)
+        options = FieldGuidance(scale=50.0, mu=weight)
         step = field_step(load_energy(None, True), plain, options, aspect=48 / 64, patch=4, target=target)
         moved = denoised(guided(who, name, target_weight=weight), x)
         assert float(step.abs().max()) > 1e-4
@@ -156,7 +156,7 @@ def test_guided_sampling_is_the_pipelines() -> None:
     pytest.importorskip("diffusers", reason="parity compares with the diffusers pipeline")
     import parity
 
-    options = FieldGuidance(scale=2.0, mu=400.0, start=0.0, end=0.6)
+    options = FieldGuidance(scale=50.0, mu=20.0, start=0.0, end=0.6)
     theirs = parity.through_pipeline(noise(), 4, None, field_guidance=options)
     who = guided(with_source(posed()), end_percent=0.6)
     pipe = parity.pipeline()
