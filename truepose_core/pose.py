@@ -259,7 +259,7 @@ def read_pose(
     data: Any = source
     if isinstance(source, (str, os.PathLike)):
         where = f"pose file {os.fspath(source)}"
-        data = _read_json(Path(source), where)
+        data = read_json(Path(source), where)
     if isinstance(data, dict):
         return [_read_frame(data, canvas, where)]
     if not isinstance(data, (list, tuple)):
@@ -296,7 +296,9 @@ def write_pose(poses: Pose | Sequence[Pose]) -> list[dict[str, Any]]:
     return frames
 
 
-def _read_json(path: Path, where: str) -> Any:
+def read_json(path: Path, where: str) -> Any:
+    """What a JSON file of at most 64 MiB holds. `where` names it in errors. Raises `TruePoseError` when it cannot be
+    read, is empty, or is not JSON."""
     try:
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:

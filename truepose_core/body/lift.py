@@ -129,11 +129,13 @@ def fit_bodies(
     *,
     steps: int = FIT_STEPS,
     people: Tensor | None = None,
+    shape: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move bodies until their keypoints lie on the given ones.
 
     rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
-    height. people: [N] numbers; rows of one number are one person and keep one shape. Returns rotation, beta, camera
+    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10], which
+    stay as they are. Returns rotation, beta, camera
     [N, 3], and the root mean square distance that is left [N], in frame heights. Adam on the rotations' first two
     columns; squared distances of keypoints in units of the person's own height.
     """
@@ -142,16 +144,18 @@ def fit_bodies(
     who, place = torch.unique(people, return_inverse=True)
     share = torch.zeros(len(who), len(body), device=body.device, dtype=body.dtype)
     share[place, torch.arange(len(body))] = 1
-    start = (share @ beta) / share.sum(1, keepdim=True)
+    start = (share @ (beta if shape is None else shape)) / share.sum(1, keepdim=True)
+    known = shape is not None
     six0 = six_of_rotation(rotation).detach()
     with torch.inference_mode(False), torch.enable_grad():
         # Inputs may be inference tensors (ComfyUI runs nodes so); autograd wants ordinary ones.
         xy, weight, six0, start, rotation = (x.clone() for x in (xy, weight, six0, start, rotation))
         six = six0.clone().requires_grad_()
-        shape = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([{"params": [six], "lr": 0.04}, {"params": [shape], "lr": 0.05}], betas=(0.9, 0.98))
+        shape = start.clone().requires_grad_(not known)
+        groups = [{"params": [six], "lr": 0.04}] + ([] if known else [{"params": [shape], "lr": 0.05}])
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
         for step in range(steps):
-            for group, rate in zip(optimizer.param_groups, (0.04, 0.05), strict=True):
+            for group, rate in zip(optimizer.param_groups, (0.04, 0.05), strict=False):
                 group["lr"] = rate * min(1.0, 1.25 * (1 - step / steps) + 0.02)
             local = rotation_of_six(six)
             points, _ = keypoints_of(local, shape[place])
@@ -211,6 +215,7 @@ def lift(
     steps: int = FIT_STEPS,
     hypotheses: int = 1,
     people: Tensor | None = None,
+    shape: Tensor | None = None,
     net: LiftNet | None = None,
 ) -> Lifted:
     """The bodies that stand behind keypoints.
@@ -218,7 +223,7 @@ def lift(
     body: [N, 18, 3] normalised (0 confidence is missing). aspect: width / height of the picture. steps: of the fit
     (0: the network alone). hypotheses: how many bodies to fit for each person, at least 1; the one whose keypoints fit
     best, weighed with how likely it is, comes first. people: [N]; rows of one number are one person (a source and its
-    targets) and share their shape.
+    targets) and share their shape. shape: [N, 10] where the people are known already: a target takes its source's.
 
     Raises TruePoseError for keypoints of another shape, NaN, fewer than `FEWEST` visible ones, or wrong counts.
     """
@@ -228,10 +233,10 @@ def lift(
     rotation, beta, doubt = propose(body, aspect, net)
     found = []
     for k in range(hypotheses):
-        local, shape, camera, error = fit_bodies(
-            rotation[:, k], beta[:, k], body.float(), aspect, steps=steps, people=people
+        local, beta_k, camera, error = fit_bodies(
+            rotation[:, k], beta[:, k], body.float(), aspect, steps=steps, people=people, shape=shape
         )
-        found.append((matrix_to_axis_angle(local), shape, camera, error))
+        found.append((matrix_to_axis_angle(local), beta_k, camera, error))
     theta, shape, camera, error = (torch.stack(x, 1) for x in zip(*found, strict=True))
     # A body whose keypoints miss by 1 % of the person's height is doubted by another tenth of a radian.
     order = (doubt[:, :hypotheses] + 10 * error / (1.75 * camera[..., 0])).argsort(1)

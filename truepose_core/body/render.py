@@ -36,7 +36,8 @@ class BodyMaps:
     fixed to [N, H, W], -1 where nobody is. normal: unit, camera axes [N, 3, H, W]. depth: towards the camera, in frame
     heights from the frame's plane [N, 1, H, W]. mask: 1 on the body [N, 1, H, W]. region: `Region` of the body's own
     neutral wardrobe [N, H, W]. Everything but part is 0 where nobody is.
-    vertex: for a mesh, the corner that is nearest to the surface point [N, H, W], else None.
+    face, barycentric: of a mesh, the triangle [N, H, W] (-1 where nobody is) and the place in it [N, H, W, 3]; else
+    None.
     """
 
     rest: Tensor
@@ -45,7 +46,8 @@ class BodyMaps:
     depth: Tensor
     mask: Tensor
     region: Tensor
-    vertex: Tensor | None = None
+    face: Tensor | None = None
+    barycentric: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,12 +124,14 @@ def _widened(parts: Parts, girth: Girth) -> Parts:
 
 @dataclass(frozen=True)
 class GenericBody:
-    """The mannequin in a neutral wardrobe. girth: of N people (or of one, for all); None is the neutral one's."""
+    """The mannequin in a neutral wardrobe. girth: of N people (or of one, for all); None is the neutral one's. people:
+    N people of the mannequin world in their own clothes instead, for training and measuring."""
 
     girth: Girth | None = None
+    people: Identities | None = None
 
     def _scene(self, body: BodyPose) -> Scene:
-        people = neutral_people(body.beta)
+        people = neutral_people(body.beta) if self.people is None else replace(self.people, beta=body.beta)
         rest = rest_joints(body.beta)
         rotation, position = chain_rotations(axis_angle_to_matrix(body.theta), rest)
         parts = body_parts(people)
@@ -135,17 +139,20 @@ class GenericBody:
             parts = _widened(parts, self.girth)
         return Scene(parts, people, rest, rotation, position, body.camera)
 
-    def _of(self, chosen: Tensor) -> GenericBody:
-        if self.girth is None or len(self.girth.trunk) == 1:
-            return self
-        return GenericBody(self.girth.select(chosen))
+    def select(self, index: Tensor) -> GenericBody:
+        """The bodies of the people at `index`."""
+        one = self.girth is not None and len(self.girth.trunk) == 1
+        return GenericBody(
+            self.girth if one or self.girth is None else self.girth.select(index),
+            None if self.people is None else self.people.select(index),
+        )
 
     @torch.no_grad()
     def render(self, body: BodyPose, height: int, width: int) -> BodyMaps:
         """The visible surface of N bodies in a frame of height x width pixels. Raises TruePoseError where a body is
         wholly outside the frame."""
         pieces = [
-            _maps(self._of(chosen)._scene(body.select(chosen)), height, width)
+            _maps(self.select(chosen)._scene(body.select(chosen)), height, width)
             for chosen in torch.arange(len(body), device=body.theta.device).split(_CHUNK)
         ]
         maps = BodyMaps(

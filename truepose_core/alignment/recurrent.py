@@ -1,0 +1,372 @@
+"""Recurrent pose alignment: a carried picture becomes a right one, step by step along the path from pose to pose.
+
+RePoseDM (arXiv 2310.16074) aligns the source's texture features with the target pose by a recurrent module. Here every
+step has its own exact geometry (bodies interpolated in joint angles, rendered), and one shared convolutional module
+with a ConvGRU state corrects what geometry alone gets wrong: where the surface really is, what was really seen, which
+region is where, and how the light changes as the surface turns. The picture is composed of what was carried,
+
+    picture = sum_c w_c gain_c candidate_c + residual
+
+with candidates c: the carried source, its mirrored look-alikes, and the region's mean colour; w sums to 1. So it is
+as crisp as the source by construction. The composition and the network are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import (
+    grid_sample,
+    interpolate,
+    pixel_shuffle,
+    pixel_unshuffle,
+    silu,
+)
+
+from truepose_core.alignment.skeleton_prior import body_coordinates, region_colors
+from truepose_core.body.carry import Correspondence, carried_parsing, correspond
+from truepose_core.body.pose import BodyPose
+from truepose_core.body.render import MIRRORS, BodyMaps, BodyModel, GenericBody
+from truepose_core.errors import TruePoseError
+from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
+from truepose_core.parsing import HumanParsing
+from truepose_core.regions import Region
+
+CANDIDATES = tuple(MIRRORS)
+"""The carried source first, then its look-alikes; the region's colour comes last in every weight tensor."""
+REGIONS = len(Region)
+_PER_CANDIDATE = 3 + 1 + 3
+CHANNELS = len(CANDIDATES) * _PER_CANDIDATE + 8 + REGIONS + 3 + 3
+"""What the module reads of a pixel: per candidate colour, seen, the source's normal; the target's place, normal, depth,
+mask; the carried parsing, its colours, and the place on the skeleton."""
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """width: channels at half the picture's size. state: channels of the ConvGRU, at a quarter. deep: at an eighth.
+    reach: longest flow residual, in picture heights."""
+
+    width: int = 40
+    state: int = 96
+    deep: int = 128
+    head: int = 24
+    reach: float = 0.06
+
+
+@dataclass(frozen=True, eq=False)
+class AlignInputs:
+    """One step of the path, for B pairs. Made by `step_inputs`.
+
+    maps: [B, CHANNELS, H, W]. colors: the candidates [B, 4, 3, H, W]. seen: theirs [B, 4, 1, H, W]. palette: the
+    source's mean colour of each region [B, 7, 3]. prior: carried parsing [B, 7, H, W]. grid: where the first candidate
+    lies in the source [B, H, W, 2]. mask: the body's [B, 1, H, W]. image: the source.
+    """
+
+    maps: Tensor
+    colors: Tensor
+    seen: Tensor
+    palette: Tensor
+    prior: Tensor
+    grid: Tensor
+    mask: Tensor
+    image: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """What alignment gives for B pairs.
+
+    picture: [B, 3, H, W] in [0, 1]. weights: of the 4 candidates and the region colour [B, 5, H, W], summing to 1.
+    parsing: of the target. grid: where geometry alone looked each pixel up in the source [B, H, W, 2] in [-1, 1]. flow:
+    what was added to it, in picture heights [B, 2, H, W]. state: the GRU's [B, S, H/4, W/4]. log_parsing: unnormalised
+    logits [B, 7, H, W].
+    """
+
+    picture: Tensor
+    weights: Tensor
+    parsing: HumanParsing
+    grid: Tensor
+    flow: Tensor
+    state: Tensor
+    log_parsing: Tensor
+
+    @property
+    def seen(self) -> Tensor:
+        """Share of each pixel that comes from the source's own surface or its look-alikes [B, 1, H, W]."""
+        return 1 - self.weights[:, -1:]
+
+
+def _conv(a: int, b: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(a, b, size, padding=size // 2)
+
+
+class _Block(nn.Module):
+    """Two convolutions around a skip."""
+
+    def __init__(self, a: int, b: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, a)
+        self.first, self.second = _conv(a, b), _conv(b, b)
+        self.skip = _conv(a, b, 1) if a != b else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.second(silu(self.first(silu(self.norm(x)))))
+
+
+class ConvGRU(nn.Module):
+    """A gated recurrent unit over a picture of features (Ballas et al., arXiv 1511.06432)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gates = _conv(2 * channels, 2 * channels)
+        self.fresh = _conv(2 * channels, channels)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        update, reset = self.gates(torch.cat([x, state], 1)).sigmoid().chunk(2, 1)
+        fresh = self.fresh(torch.cat([x, reset * state], 1)).tanh()
+        return (1 - update) * state + update * fresh
+
+
+class AlignNet(nn.Module):
+    """The shared module of every step."""
+
+    def __init__(self, config: AlignConfig | None = None):
+        super().__init__()
+        c = AlignConfig() if config is None else config
+        self.config = c
+        options = len(CANDIDATES) + 1
+        self.read = _conv(4 * CHANNELS, c.width, 1)
+        self.down1 = _Block(c.width, c.width)
+        self.down2 = _Block(c.width, c.state)
+        self.gru = ConvGRU(c.state)
+        self.down3 = _Block(c.state, c.deep)
+        self.up2 = _Block(c.deep + c.state, c.state)
+        self.up1 = _Block(c.state + c.width, c.width)
+        self.coarse = _conv(c.width, 2 + REGIONS)
+        self.widen = _conv(c.width, 4 * c.head, 1)
+        self.look = _conv(c.head + options * 3 + len(CANDIDATES) * 4 + 3 + 1, c.head)
+        self.judge = _conv(c.head, c.head)
+        self.last = _conv(c.head, 2 * options + 3 + REGIONS)
+        for module in (self.coarse, self.last):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, inputs: AlignInputs, state: Tensor | None = None) -> Aligned:
+        """One step. state: the one before, already moved to this step's pose; None at the first."""
+        c = self.config
+        height, width = inputs.maps.shape[-2:]
+        half = silu(self.read(pixel_unshuffle(inputs.maps, 2)))
+        a = self.down1(half)
+        b = self.down2(nn.functional.avg_pool2d(a, 2))
+        state = torch.zeros_like(b) if state is None else state
+        state = self.gru(b, state)
+        d = self.down3(nn.functional.avg_pool2d(state, 2))
+        b = self.up2(torch.cat([interpolate(d, b.shape[-2:], mode="nearest"), state], 1))
+        a = self.up1(torch.cat([interpolate(b, a.shape[-2:], mode="nearest"), a], 1))
+
+        coarse = interpolate(self.coarse(a), (height, width), mode="bilinear", align_corners=False)
+        flow = c.reach * coarse[:, :2].tanh() * inputs.mask
+        shift = torch.stack([flow[:, 0] * (2 * height / width), flow[:, 1] * 2], -1)
+        moved = grid_sample(inputs.image, inputs.grid + shift, padding_mode="border", align_corners=False)
+        colors = torch.cat([moved[:, None], inputs.colors[:, 1:]], 1)
+
+        x = pixel_shuffle(self.widen(a), 2)
+        prior_logits = inputs.prior.clamp(min=1e-3).log()
+        early = (prior_logits + coarse[:, 2:]).softmax(1)
+        flat = torch.einsum("brc,brhw->bchw", inputs.palette, early)
+        # Place, normal and depth of the target (8 channels behind the candidates): its normals say how light falls.
+        first = len(CANDIDATES) * _PER_CANDIDATE
+        normals = inputs.maps[:, : len(CANDIDATES) * _PER_CANDIDATE].unflatten(1, (len(CANDIDATES), _PER_CANDIDATE))
+        x = torch.cat(
+            [
+                x,
+                colors.flatten(1, 2),
+                flat,
+                normals[:, :, 3:].flatten(1, 2),
+                inputs.maps[:, first + 3 : first + 6],
+                inputs.mask,
+            ],
+            1,
+        )
+        x = silu(self.look(x))
+        x = self.last(silu(self.judge(x)) + x)
+        options = len(CANDIDATES) + 1
+        # What the depth test says is where the weights start.
+        seen = inputs.seen[:, :, 0]
+        start = torch.cat([6 * seen[:, :1] - 2, 3 * seen[:, 1:] - 5, torch.zeros_like(seen[:, :1])], 1)
+        weights = (start + x[:, :options]).softmax(1)
+        gain = (0.5 * x[:, options : 2 * options]).clamp(-1.5, 1.5).exp()
+        residual = 0.3 * x[:, 2 * options : 2 * options + 3].tanh()
+        log_parsing = prior_logits + coarse[:, 2:] + x[:, 2 * options + 3 :]
+        parsing = log_parsing.softmax(1)
+        flat = torch.einsum("brc,brhw->bchw", inputs.palette, parsing)
+        every = torch.cat([colors, flat[:, None]], 1)
+        picture = ((weights * gain)[:, :, None] * every).sum(1) + residual
+        shown = HumanParsing(parsing.detach())
+        return Aligned(picture, weights, shown, inputs.grid, flow, state, log_parsing)
+
+
+@torch.no_grad()
+def step_inputs(
+    image: Tensor,
+    parsing: HumanParsing,
+    source: BodyPose,
+    target: BodyPose,
+    source_maps: BodyMaps,
+    target_maps: BodyMaps,
+    target_body: Tensor,
+    model: BodyModel | None = None,
+) -> tuple[AlignInputs, Correspondence]:
+    """What the module reads at one step, and the plain correspondence behind it.
+
+    image [B, 3, H, W] in [0, 1] and its parsing: the source's. source, target: B bodies with their maps. target_body:
+    OpenPose's 18 points of the step's pose [B, 18, 3].
+    """
+    model = GenericBody() if model is None else model
+    height, width = target_maps.size
+    masks = parsing.masks
+    person = masks[:, 1:].sum(1, keepdim=True)
+    packed = torch.cat([image, person, source_maps.normal], 1)
+    parts, seens = [], []
+    first: Correspondence | None = None
+    for name in CANDIDATES:
+        found = correspond(source, target, source_maps, target_maps, model, name)
+        first = found if first is None else first
+        sampled = found.sample(packed)
+        seen = found.seen * (sampled[:, 3:4] > 0.5)
+        parts.append(torch.cat([sampled[:, :3], seen, sampled[:, 4:7]], 1))
+        seens.append(seen)
+    prior = carried_parsing(first, masks, seens[0]).masks
+    palette, _ = region_colors(image, parsing)
+    middle = (target_maps.depth * target_maps.mask).sum((1, 2, 3), keepdim=True)
+    middle = middle / target_maps.mask.sum((1, 2, 3), keepdim=True).clamp(min=1)
+    # Depth in units of the person, so that a far person looks like a near one.
+    depth = (target_maps.depth - middle) * target_maps.mask / target.camera[:, :1, None, None]
+    limbs = body_coordinates(target_body, height, width).transpose(1, 2).unflatten(2, (height, width))
+    maps = torch.cat(
+        [
+            *parts,
+            target_maps.rest,
+            target_maps.normal,
+            depth,
+            target_maps.mask,
+            prior,
+            torch.einsum("brc,brhw->bchw", palette, prior),
+            limbs,
+        ],
+        1,
+    )
+    colors = torch.stack([part[:, :3] for part in parts], 1)
+    return AlignInputs(
+        maps, colors, torch.stack(seens, 1), palette, prior, first.grid, target_maps.mask, image
+    ), first
+
+
+def pose_path(source: BodyPose, target: BodyPose, steps: int) -> list[BodyPose]:
+    """`steps` bodies from source (left out) to target (the last), interpolated in joint angles along the shortest way,
+    so that bone lengths are kept. Raises TruePoseError for fewer than 1 step."""
+    if steps < 1:
+        raise TruePoseError(f"{steps} alignment steps; expected at least 1")
+    a, b = axis_angle_to_matrix(source.theta), axis_angle_to_matrix(target.theta)
+    way = matrix_to_axis_angle(a.transpose(-1, -2) @ b)
+    path = []
+    for k in range(1, steps):
+        t = k / steps
+        theta = matrix_to_axis_angle(a @ axis_angle_to_matrix(t * way))
+        path.append(
+            BodyPose(theta, torch.lerp(source.beta, target.beta, t), torch.lerp(source.camera, target.camera, t))
+        )
+    return [*path, target]
+
+
+def pose_distance(source: BodyPose, target: BodyPose) -> Tensor:
+    """Mean angle between the joints' global rotations [N], radians."""
+    from truepose_core.mannequin.body import chain_rotations, rest_joints
+
+    worlds = [chain_rotations(axis_angle_to_matrix(x.theta), rest_joints(x.beta))[0] for x in (source, target)]
+    trace = (worlds[0].transpose(-1, -2) @ worlds[1]).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((trace - 1) / 2).clamp(-1, 1).acos().mean(1)
+
+
+def move_state(state: Tensor, before: BodyPose, after_maps: BodyMaps, model: BodyModel) -> Tensor:
+    """The GRU's state [B, S, h, w] at the pose before, looked up at the surface points of the next pose."""
+    found = model.locate(after_maps, before)
+    grid = (2 * found[:, :2] - 1).permute(0, 2, 3, 1)
+    grid = interpolate(grid.permute(0, 3, 1, 2), state.shape[-2:], mode="nearest").permute(0, 2, 3, 1)
+    mask = interpolate(after_maps.mask, state.shape[-2:], mode="nearest")
+    return grid_sample(state, grid, padding_mode="zeros", align_corners=False) * mask
+
+
+def align(
+    net: AlignNet,
+    image: Tensor,
+    parsing: HumanParsing,
+    source: BodyPose,
+    target: BodyPose,
+    target_body: Tensor,
+    steps: int = 1,
+    *,
+    model: BodyModel | None = None,
+    source_maps: BodyMaps | None = None,
+    target_maps: BodyMaps | None = None,
+) -> list[Aligned]:
+    """Every step of the path; the last one is the target's.
+
+    image: the source [B, 3, H, W] in [0, 1], H and W multiples of 8, with its parsing. source, target: B bodies of one
+    shape each. target_body: [B, 18, 3]. steps: K, at least 1. source_maps, target_maps: renderings of the bodies at
+    the picture's size, where they are there already.
+    """
+    height, width = image.shape[-2:]
+    if height % 8 or width % 8:
+        raise TruePoseError(f"the source is {height}x{width}; expected sides that 8 divides")
+    model = GenericBody() if model is None else model
+    source_maps = model.render(source, height, width) if source_maps is None else source_maps
+    results: list[Aligned] = []
+    before: BodyPose | None = None
+    for body in pose_path(source, target, steps):
+        last = body is target
+        maps = target_maps if last and target_maps is not None else model.render(body, height, width)
+        points = target_body if last else body_points(body, width / height)
+        inputs, _ = step_inputs(image, parsing, source, body, source_maps, maps, points, model)
+        state = None if before is None else move_state(results[-1].state, before, maps, model)
+        results.append(net(inputs, state))
+        before = body
+    return results
+
+
+def body_points(body: BodyPose, aspect: float) -> Tensor:
+    """OpenPose's 18 points of bodies, [N, 18, 3] normalised. aspect: width / height of the frame."""
+    from truepose_core.mannequin.body import chain_rotations, openpose_points, project, rest_joints
+
+    rotation, position = chain_rotations(axis_angle_to_matrix(body.theta), rest_joints(body.beta))
+    points, seen = openpose_points(rotation, position, body.beta)
+    x, y = project(points, body.camera, aspect)
+    return torch.stack([x, y, torch.ones_like(x)], -1) * seen[..., None]
+
+
+@lru_cache(maxsize=2)
+def align_net(path: str | None = None) -> AlignNet:
+    """The alignment network that ships (or a file of `truepose train --row alignment`), float32. Raises TruePoseError
+    when the file is missing, damaged or of another kind."""
+    from truepose_core.models.store import bundled_path, load_strict, read_small
+
+    where = bundled_path("alignment") if path is None else path
+    metadata, tensors = read_small(where, "alignment")
+    net = AlignNet(AlignConfig(**json.loads(metadata["config"])))
+    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(where))
+    return net.eval().requires_grad_(False)
+
+
+def describe(net: AlignNet) -> dict[str, float]:
+    """The network's configuration, as JSON values."""
+    return asdict(net.config)
+
+
+def gradient(x: Tensor) -> Tensor:
+    """Differences to the right and down [B, 2 C, H - 1, W - 1]."""
+    here = x[..., :-1, :-1]
+    return torch.cat([x[..., :-1, 1:] - here, x[..., 1:, :-1] - here], 1)
