@@ -8,8 +8,6 @@ distance, the network and its sizes are ours.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from truepose_core.body.arrays import read_npz
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin import axis_angle_to_matrix
 
@@ -89,27 +88,13 @@ def read_poses(paths: list[str | Path] | tuple[str | Path, ...], every: int = 1)
     A file holds `poses` [T, >= 72] in radians, the first 72 numbers in SMPL's order (hands of SMPL-H and SMPL-X beyond
     them are not read). every: takes each such frame, for motions that hardly change from one to the next.
 
-    Raises TruePoseError for a missing file, one that is no npz, needs pickles, or holds other shapes or no radians.
+    Raises TruePoseError as `read_npz`, and for other shapes, NaN and degrees.
     """
     found = []
     for path in paths:
-        path = Path(path)
-        if not path.is_file():
-            raise TruePoseError(f"no pose file at {path}; expected an npz with `poses` [T, 72] in radians")
-        if not zipfile.is_zipfile(path):
-            raise TruePoseError(
-                f"{path} is no npz, or not all of one; expected `poses` [T, 72] in radians: copy it again"
-            )
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = file.files
-                poses = file["poses"] if "poses" in names else None
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise TruePoseError(
-                f"{path} cannot be read as an npz without pickles ({error}); copy it again, or save plain arrays"
-            ) from error
+        poses = read_npz(Path(path), ("poses",), f"the pose file {path}").get("poses")
         if poses is None:
-            raise TruePoseError(f"{path} holds {', '.join(names) or 'nothing'}; expected `poses` [T, 72]")
+            raise TruePoseError(f"the pose file {path} holds no `poses`; expected `poses` [T, {_SHORTEST}] in radians")
         if poses.ndim != 2 or poses.shape[1] < _SHORTEST or not len(poses) or poses.dtype.kind != "f":
             raise TruePoseError(
                 f"`poses` in {path} is {poses.dtype} {tuple(poses.shape)}; expected floats [T, >= {_SHORTEST}]"
