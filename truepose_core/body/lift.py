@@ -134,10 +134,10 @@ def fit_bodies(
     """Move bodies until their keypoints lie on the given ones.
 
     rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
-    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10], which
-    stay as they are. Returns rotation, beta, camera
-    [N, 3], and the root mean square distance that is left [N], in frame heights. Adam on the rotations' first two
-    columns; squared distances of keypoints in units of the person's own height.
+    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10],
+    which stay as they are. Returns rotation, beta, camera [N, 3], and the root mean square distance that is left [N],
+    in frame heights. Adam on the rotations' first two columns; squared distances of keypoints in units of the person's
+    own height.
     """
     xy, weight = _in_heights(body, aspect)
     people = torch.arange(len(body), device=body.device) if people is None else people
@@ -166,7 +166,12 @@ def fit_bodies(
             off = off / (1.75 * camera[:, None, :1].detach())
             miss = (off.square().sum(-1) * weight).sum(1)
             stay = (local - rotation).square().sum((1, 2, 3))
-            loss = 4000 * miss.sum() + _PRIOR * stay.sum() + 0.3 * (shape - start).square().sum() + 0.05 * shape.square().sum()
+            loss = (
+                4000 * miss.sum()
+                + _PRIOR * stay.sum()
+                + 0.3 * (shape - start).square().sum()
+                + 0.05 * shape.square().sum()
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -190,8 +195,8 @@ def check_liftable(body: Tensor) -> None:
     counts = (body[..., 2] > 0).sum(1)
     if int(counts.min()) < FEWEST:
         raise TruePoseError(
-            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} to "
-            "lift a body. Use the skeleton instead, or give keypoints of more of the person"
+            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} "
+            "to lift a body. Use the skeleton instead, or give keypoints of more of the person"
         )
 
 
