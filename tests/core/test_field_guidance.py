@@ -28,11 +28,12 @@ from truepose_core.guidance.field import (
     moved_prediction,
     signal_share,
 )
-from truepose_core.guidance.keypoints import KeypointPredictor, load_predictor, picture_of, place_of
+from truepose_core.guidance.keypoints import KeypointPredictor, load_predictor, nearer_sides, picture_of, place_of
 from truepose_core.models.codec import PixelCodec
 from truepose_core.models.config import SD_SCHEDULE
 from truepose_core.models.store import bundled_path, save_small
 from truepose_core.pipeline import TruePosePipeline
+from truepose_core.pose_edit import BODY_MIRROR
 from truepose_core.training.keypoints import KeypointConfig, KeypointTrainer, blur, degrade, place, spots
 
 ASPECT, PATCH = 0.75, 4
@@ -280,6 +281,14 @@ def test_the_place_of_a_spot_is_where_it_is():
     body = torch.tensor([[[0.2, 0.7, 1.0]] * 18])
     torch.testing.assert_close(place_of(spots(body, (32, 24))), body[..., :2], atol=1e-3, rtol=0)
     assert spots(body, (32, 24)).sum((2, 3)).allclose(torch.ones(1, 18))
+
+
+def test_sides_are_taken_as_they_lie_nearer():
+    body = targets(2)
+    exchanged = body[:, list(BODY_MIRROR)]
+    assert torch.equal(nearer_sides(body[..., :2], body, ASPECT), body)
+    assert torch.equal(nearer_sides(exchanged[..., :2], body, ASPECT), exchanged)
+    assert torch.equal(exchanged[:, list(BODY_MIRROR)], body)
 
 
 def test_pixel_patches_become_the_codecs_picture():

@@ -22,7 +22,7 @@ from truepose_core.errors import TruePoseError
 from truepose_core.evaluation.metrics import area_masks, masked_psnr
 from truepose_core.evaluation.split import split_pairs
 from truepose_core.guidance.field import FieldGuidance, field_step
-from truepose_core.guidance.keypoints import load_predictor
+from truepose_core.guidance.keypoints import load_predictor, nearer_sides
 from truepose_core.mannequin import axis_angle_to_matrix, ready_poses
 from truepose_core.models.store import BUNDLED, bundled_path, load_model
 from truepose_core.parsing import HumanParsing
@@ -82,7 +82,8 @@ class GuidanceReport:
             "",
             f"{self.model} at {self.size[1]}x{self.size[0]} (width x height), {self.steps} steps, {self.pairs} pairs "
             "of each kind: of four times as many pairs of the test split, those whose target is nearest to standing "
-            "(easy) and farthest from it (extreme). Keypoints read by the judge; error in picture heights, field in "
+            "(easy) and farthest from it (extreme). Keypoints read by the judge, which is not asked which side is the "
+            "left one; error in picture heights, field in "
             "radians, PSNR of the person in dB.",
             f"Guidance of one picture takes {1000 * step['seconds']:.1f} ms a step, beside the "
             f"{1000 * step['plain_seconds']:.1f} ms of the step itself, and keeps {step['kept_mib']:.1f} MiB for the "
@@ -170,9 +171,11 @@ def choose_pairs(count: int) -> dict[str, Tensor]:
 
 
 def measure_keypoints(places: Tensor, truth: Tensor, aspect: float) -> dict[str, Tensor]:
-    """{"pck@...": shares, "error": mean distance in picture heights}, each [B], over the joints that the truth shows;
-    NaN for a picture that shows none. places: [B, 18, 2] normalised; truth: [B, 18, 3]; aspect: width / height."""
+    """{"pck@...": shares, "error": mean distance in picture heights}, each [B], over the joints that the truth shows,
+    whose sides are as `nearer_sides` says; NaN for a picture that shows none. places: [B, 18, 2] normalised; truth:
+    [B, 18, 3]; aspect: width / height."""
     unit = places.new_tensor([aspect, 1.0])
+    truth = nearer_sides(places, truth, aspect)
     shown = truth[..., 2] > 0
     away = ((places - truth[..., :2]) * unit).norm(dim=-1)
     at = truth[..., :2] * unit

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from truepose_core.alignment.field import PoseField, load_field
 from truepose_core.body.lift import FEWEST, LiftNet, net_path, normalise
 from truepose_core.errors import TruePoseError
-from truepose_core.guidance.keypoints import PICTURES, KeypointPredictor, load_predictor, picture_of
+from truepose_core.guidance.keypoints import PICTURES, KeypointPredictor, load_predictor, nearer_sides, picture_of
 
 LIMIT = 0.05
 """The longest step: root mean square change of the latent's numbers, which are about 1 in size. Longer ones leave marks
@@ -58,7 +58,7 @@ class FieldGuidance:
 
 
 class PoseEnergy(nn.Module):
-    """E = f(lift(pose(x0))) + mu |pose(x0) - target|^2, one number a picture.
+    """E = f(lift(pose(x0))) + mu |pose(x0) - target|^2, one number a picture; sides as `nearer_sides` says.
 
     field: PoseField. predictor: KeypointPredictor, reads the pose. lift: LiftNet, keypoints -> joint rotations.
     """
@@ -75,6 +75,7 @@ class PoseEnergy(nn.Module):
         unit = places.new_tensor([aspect, 1.0])
         energy = self.distance(places, seen, aspect)
         if target is not None and mu > 0:
+            target = nearer_sides(places, target, aspect)
             wanted = (target[..., 2] > 0).to(places)
             off = ((places - target[..., :2]) * unit).square().sum(-1)
             energy = energy + mu * (off * wanted).sum(1) / wanted.sum(1).clamp(min=1)
@@ -126,8 +127,8 @@ def field_step(
 ) -> Tensor:
     """What guidance takes off an estimate of the clean latent: scale * grad E, at most `LIMIT` long (root mean square).
 
-    x0: [B, C, h, w], which may be an inference tensor, on the networks' device; the rest as in `PoseEnergy`; target may be
-    [T, 18, 3], T dividing B. Every picture is its own: a batch gives what its items give one by one. Returns the
+    x0: [B, C, h, w], which may be an inference tensor, on the networks' device; the rest as in `PoseEnergy`; target may
+    be [T, 18, 3], T dividing B. Every picture is its own: a batch gives what its items give one by one. Returns the
     shape and type of x0.
     """
     # A node of ComfyUI runs in inference mode, where nothing can be differentiated; clones made outside are ordinary.

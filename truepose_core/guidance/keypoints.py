@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, silu
 
 from truepose_core.errors import TruePoseError
+from truepose_core.pose_edit import BODY_MIRROR
 
 KIND = "keypoints"
 JOINTS = 18
@@ -105,6 +106,19 @@ def place_of(heat: Tensor) -> Tensor:
     xs = (torch.arange(width, device=heat.device) + 0.5) / width
     ys = (torch.arange(height, device=heat.device) + 0.5) / height
     return torch.stack([(heat.sum(2) * xs).sum(-1), (heat.sum(3) * ys).sum(-1)], -1)
+
+
+def nearer_sides(places: Tensor, target: Tensor, aspect: float) -> Tensor:
+    """The target [B, 18, 3], left and right exchanged in those pictures where the places [B, 18, 2] lie nearer to that.
+
+    A small predictor takes some backs for fronts, and tells one profile's arms apart by chance. That is no reason to
+    turn anybody round. aspect: width / height of the pictures.
+    """
+    both = torch.stack([target, target[:, list(BODY_MIRROR)]])
+    wanted = (both[..., 2] > 0).to(places)
+    off = ((places.detach() - both[..., :2]) * places.new_tensor([aspect, 1.0])).square().sum(-1)
+    mean = (off * wanted).sum(-1) / wanted.sum(-1).clamp(min=1)
+    return torch.where((mean[1] < mean[0])[:, None, None], both[1], both[0])
 
 
 def picture_of(latent: Tensor, patch: int) -> Tensor:
