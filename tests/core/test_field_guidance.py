@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -15,7 +16,7 @@ from truepose_core.alignment.field import PoseField
 from truepose_core.body.lift import LiftNet
 from truepose_core.cli import main
 from truepose_core.errors import TruePoseError
-from truepose_core.evaluation.guidance import EASY, EXTREME, choose_pairs, measure_keypoints
+from truepose_core.evaluation.guidance import EASY, EXTREME, choose_pairs, measure_keypoints, summary
 from truepose_core.evaluation.split import split_pairs
 from truepose_core.guidance import field as guidance
 from truepose_core.guidance.field import (
@@ -439,3 +440,29 @@ def test_wrong_options_of_transfer(tmp_path, capsys, options, message):
     assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
+
+
+def test_the_command_measures_guidance(capsys, tmp_path):
+    out = tmp_path / "guidance.json"
+    words = ["eval", "--data", "mannequin", "--field-guidance", "--pairs", "2", "--steps", "1", "--field-scale", "20"]
+    assert main([*words, "--json", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "Guidance of one picture takes" in told and "| scale 20, field alone |" in told
+    report = json.loads(out.read_text())
+    assert set(report["rows"]) == {"truth", "without", "scale 20", "scale 20, field alone"}
+    assert report["step"]["seconds"] > 0 and report["step"]["kept_mib"] > 0
+    assert report["options"]["scale 20"]["mu"] == FieldGuidance.mu
+    for wrong, message in (
+        (["--field-guidance", "--pairs", "1"], "expected at least 2 of each kind"),
+        (["--field-guidance", "--model", "mine=x"], "unknown row 'mine' for --field-guidance"),
+        (["--field-scale", "1"], "belong to --field-guidance"),
+    ):
+        assert main(["eval", *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_standard_errors_are_those_of_the_pairs():
+    base = {"x": torch.tensor([1.0, 2.0, 3.0, torch.nan])}
+    found = summary({"x": base["x"] + torch.tensor([0.5, 0.5, 0.5, 0.0])}, base)
+    assert found["x"] == pytest.approx(2.5) and found["x se"] == pytest.approx(0)
+    assert summary(base, None)["x se"] == pytest.approx(1 / 3**0.5)

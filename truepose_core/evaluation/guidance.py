@@ -42,8 +42,9 @@ class GuidanceReport:
     """The result of `evaluate_guidance`.
 
     rows: name -> "easy" | "extreme" -> {"pck@0.1", "pck@0.2": share of the joints in 0..1, "error": mean distance in
-    picture heights, "field": mean field value of the results in radians, "psnr": of the person in dB}; the row "truth"
-    is the judge on the true pictures. options: row -> its `FieldGuidance`. step: {"seconds", "kept_mib": what guidance
+    picture heights, "field": mean field value of the results in radians, "psnr": of the person in dB}, and for each of
+    them "... se": the standard error, of guided rows that of the difference to the same pictures without guidance. The
+    row "truth" is the judge on the true pictures. options: row -> its `FieldGuidance`. step: {"seconds", "kept_mib": what guidance
     adds to a step of one picture: time and the tensors kept for the gradient; "weights_mib"; "plain_seconds": of a step
     without it}. pairs: of each kind; how they were chosen is said in `markdown`.
     """
@@ -67,24 +68,23 @@ class GuidanceReport:
 
     def markdown(self) -> str:
         """The table."""
-        names = [f"pck@{x:g}" for x in THRESHOLDS] + ["error", "field", "psnr"]
-        head = ["row", *(f"{kind} {name}" for kind in (EASY, EXTREME) for name in names)]
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-        for row, kinds in self.rows.items():
-            cells = [
-                f"{kinds[kind][name]:.2f}" if name == "psnr" else f"{kinds[kind][name]:.4f}"
-                for kind in (EASY, EXTREME)
-                for name in names
-            ]
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+        names = {f"pck@{x:g}": 3 for x in THRESHOLDS} | {"error": 4, "field": 4, "psnr": 2}
+        lines = []
+        for kind in (EASY, EXTREME):
+            lines += [f"| {kind} | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+            for row, kinds in self.rows.items():
+                found = kinds[kind]
+                cells = [f"{found[n]:.{digits}f} ± {found[f'{n} se']:.{digits}f}" for n, digits in names.items()]
+                lines.append(f"| {row} | {' | '.join(cells)} |")
+            lines.append("")
         step = self.step
         lines += [
-            "",
             f"{self.model} at {self.size[1]}x{self.size[0]} (width x height), {self.steps} steps, {self.pairs} pairs "
             "of each kind: of four times as many pairs of the test split, those whose target is nearest to standing "
             "(easy) and farthest from it (extreme). Keypoints read by the judge, which is not asked which side is the "
             "left one; error in picture heights, field in "
-            "radians, PSNR of the person in dB.",
+            "radians, PSNR of the person in dB; ± is the standard error, of guided rows that of the "
+            "difference to without.",
             f"Guidance of one picture takes {1000 * step['seconds']:.1f} ms a step, beside the "
             f"{1000 * step['plain_seconds']:.1f} ms of the step itself, and keeps {step['kept_mib']:.1f} MiB for the "
             f"gradient; the networks are {step['weights_mib']:.1f} MiB.",
@@ -105,11 +105,11 @@ def evaluate_guidance(
     """Measure rows of guidance (name -> options), and the same without.
 
     pairs: of each kind. model: a model of pixel patches. judge: the predictor that reads the results, None for the one
-    that ships for this. seed: of the noise. Raises TruePoseError for fewer than 1 pair and for a model of a VAE's
+    that ships for this. seed: of the noise. Raises TruePoseError for fewer than 2 pairs and for a model of a VAE's
     latents, whose pictures are not mannequins.
     """
-    if pairs < 1:
-        raise TruePoseError(f"pairs is {pairs}; expected at least 1")
+    if pairs < 2:
+        raise TruePoseError(f"pairs is {pairs}; expected at least 2 of each kind")
     net = load_model(model)
     if net.config.codec != "pixels":
         raise TruePoseError(f"{model} works on a VAE's latents; expected a model of the mannequin world")
@@ -143,13 +143,19 @@ def evaluate_guidance(
                 mask = area_masks(HumanParsing(batch.target.parsing))["foreground"]
                 found |= {"field": field.cpu(), "psnr": masked_psnr(images, batch.target.image, mask).float()}
                 rows.setdefault(name, {}).setdefault(kind, []).append(found)
+    joined = {
+        name: {
+            kind: {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
+            for kind, parts in kinds.items()
+        }
+        for name, kinds in rows.items()
+    }
     return GuidanceReport(
         rows={
             name: {
-                kind: {column: torch.cat([part[column] for part in parts]).nanmean().item() for column in parts[0]}
-                for kind, parts in kinds.items()
+                kind: summary(joined[name][kind], None if how is None else joined["without"][kind]) for kind in chosen
             }
-            for name, kinds in rows.items()
+            for name, how in {"truth": None, **every}.items()
         },
         options={name: asdict(how) for name, how in options.items()},
         step=measure_step(pipe, next(iter(options.values())), device),
@@ -158,6 +164,17 @@ def evaluate_guidance(
         steps=steps,
         model=Path(model).name,
     )
+
+
+def summary(values: dict[str, Tensor], base: dict[str, Tensor] | None) -> dict[str, float]:
+    """Means of columns [N], and their standard errors "... se": of the difference to base where that is given."""
+    result = {}
+    for column, x in values.items():
+        varied = x if base is None else x - base[column]
+        varied = varied[~varied.isnan()]
+        result[column] = x.nanmean().item()
+        result[f"{column} se"] = (varied.std() / len(varied) ** 0.5).item()
+    return result
 
 
 def choose_pairs(count: int) -> dict[str, Tensor]:
