@@ -8,7 +8,6 @@ the continuous rotations are those of HMR (arXiv 1712.06584) and Zhou et al. (ar
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +28,7 @@ from truepose_core.mannequin.body import (
 )
 
 HYPOTHESES = 3
-WIDTH, DEPTH = 512, 3
+WIDTH, DEPTH = 640, 3
 FEWEST = 5
 """Keypoints that have to be there before a body can be lifted."""
 FIT_STEPS = 4
@@ -87,8 +86,9 @@ class LiftNet(nn.Module):
         self.head = nn.Linear(width, hypotheses * (24 * 6 + 10) + hypotheses)
         # How far its bodies usually are from the truth (`training.lift.calibrate`): rotations of the joints about their
         # own axes and shape, [82, 82], and the mean doubt that goes with it, radians.
-        self.covariance = torch.diag(torch.cat([torch.full((72,), 0.04), torch.full((10,), 0.5)]))
-        self.usual_doubt = 0.2
+        spread = torch.cat([torch.full((72,), 0.04), torch.full((10,), 0.5)])
+        self.register_buffer("covariance", torch.diag(spread))
+        self.register_buffer("usual_doubt", torch.tensor([0.2]))
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = self.head(self.trunk(points))
@@ -288,7 +288,7 @@ def lift(
             beta[:, k],
             body.float(),
             aspect,
-            covariance=net.covariance.to(body.device) * spread[:, k, None, None],
+            covariance=net.covariance * spread[:, k, None, None],
             steps=steps,
             shape=shape,
         )
@@ -313,17 +313,6 @@ def net_path() -> Path:
 def lift_net(path: str | None = None) -> LiftNet:
     """The lifting network (the one that ships, or a file of `truepose train --row lift`), in float32. Raises
     TruePoseError when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import load_strict, read_small
+    from truepose_core.models.store import load_small
 
-    metadata, tensors = read_small(path or net_path(), "lift")
-    # Weights made inside inference mode (ComfyUI's nodes) could never take part in a gradient.
-    with torch.inference_mode(False):
-        net = LiftNet(**json.loads(metadata["config"]))
-        found = {name: x.float() for name, x in tensors.items()}
-        if "covariance" not in found or "usual_doubt" not in found:
-            raise TruePoseError(
-                f"{path or net_path()} has no calibration; train it again with truepose train --row lift"
-            )
-        net.covariance, net.usual_doubt = found.pop("covariance"), found.pop("usual_doubt").item()
-        load_strict(net, found, str(path or net_path()))
-        return net.eval().requires_grad_(False)
+    return load_small(path or net_path(), "lift", LiftNet)

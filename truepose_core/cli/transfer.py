@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
     from truepose_core.features import SourceFeatures
     from truepose_core.framing import Crop
+    from truepose_core.guidance.field import FieldGuidance
     from truepose_core.models.cfld import CFLDSource
     from truepose_core.parsing import HumanParsing
 
@@ -204,6 +205,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="above 1 holds on to the source harder; each scale other than 1 costs another network call (default: the "
         "model's own, 3.5 for AnimateAnyone and champ, 2.5 for Leffa, 2 for CFLD; else 1)",
     )
+    field = parser.add_argument_group("guidance by the pose field (off unless --field-scale is given)")
+    field.add_argument(
+        "--field-scale",
+        type=number(),
+        default=0.0,
+        metavar="S",
+        help="how far each step moves the picture towards a possible pose and the one asked for; 50 is a start, "
+        "0 is off (default: 0)",
+    )
+    field.add_argument(
+        "--field-mu",
+        type=number(),
+        metavar="M",
+        help="how strongly joints are drawn to the pose asked for, beside the field (default: 20)",
+    )
+    field.add_argument(
+        "--field-window",
+        type=number(0, 1),
+        nargs=2,
+        metavar=("START", "END"),
+        help="the part of the sampling in which it guides (default: 0 1)",
+    )
+    field.add_argument(
+        "--field-predictor",
+        metavar="FILE",
+        help="what reads the pose off the picture in the making, from truepose train --row keypoints; needed for "
+        "models on a VAE's latents (default: the bundled one, for the bundled model)",
+    )
     fusion = parser.add_argument_group("what to take from the source")
     fusion.add_argument(
         "--region",
@@ -310,6 +339,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     check_condition_options(args, model)
     needs_parsing = reads_parsing(args, model)
     check_options(args, needs_parsing)
+    field = choose_field(args, model)
     guidance = choose_guidance(args.guidance_pose, args.guidance_source, model)
     from truepose_core.framing import paste_back
     from truepose_core.regions import parse_region_weights, region_weights
@@ -337,6 +367,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     if args.source_once:
         options["source_once"] = True
+    if field is not None:
+        options["field_guidance"] = field
     with memory_errors(opened.device):
         before = time.perf_counter()
         features = _encode(opened, given, needs_parsing, console)
@@ -376,6 +408,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "seed": args.seed,
         "guidance": guidance.report,
         "strength": args.strength,
+        "field_guidance": None if field is None else asdict(field),
         "outputs": [
             {
                 "path": str(t.out),
@@ -391,6 +424,32 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     console.report(report)
     return report
+
+
+def choose_field(args: argparse.Namespace, model: ModelChoice) -> FieldGuidance | None:
+    """How the pose field guides, None where it does not. Raises TruePoseError for options that nobody reads, and for a
+    model that it cannot guide."""
+    from truepose_core.guidance.field import FieldGuidance, check_predictor
+
+    given = {"mu": args.field_mu, "predictor": args.field_predictor}
+    if args.field_window is not None:
+        given["start"], given["end"] = args.field_window
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.field_scale == 0:
+        if given:
+            raise TruePoseError("--field-mu, --field-window and --field-predictor need --field-scale above 0")
+        return None
+    if model.is_cfld:
+        raise TruePoseError(
+            "the pose field does not guide CFLD, which has a pipeline of its own; leave --field-scale out"
+        )
+    options = FieldGuidance(scale=args.field_scale, **given)
+    check_predictor(options.predictor, model.config is not None and model.config.codec == "pixels")
+    if not args.pose:
+        raise TruePoseError(
+            "the pose field needs the keypoints of the pose asked for; add --pose, or leave --field-scale out"
+        )
+    return options
 
 
 def output_size(args: argparse.Namespace, source: PersonPhoto) -> tuple[int, int]:
