@@ -150,7 +150,9 @@ def fit_bodies(
     six0 = six_of_rotation(rotation).detach()
     with torch.inference_mode(False), torch.enable_grad():
         # Inputs may be inference tensors (ComfyUI runs nodes so); autograd wants ordinary ones.
-        xy, weight, six0, start, rotation = (x.clone() for x in (xy, weight, six0, start, rotation))
+        xy, weight, six0, start, rotation, place = (
+            x.clone() for x in (xy, weight, six0, start, rotation, place)
+        )
         six = six0.clone().requires_grad_()
         shape = start.clone().requires_grad_(not known)
         groups = [{"params": [six], "lr": 0.04}] + ([] if known else [{"params": [shape], "lr": 0.05}])
