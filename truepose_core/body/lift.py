@@ -9,6 +9,7 @@ the continuous rotations are those of HMR (arXiv 1712.06584) and Zhou et al. (ar
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -106,10 +107,14 @@ def solve_camera(points: Tensor, xy: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([scale[:, None], shift], 1)
 
 
-def keypoints_of(rotation: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+Joints = Callable[[Tensor], Tensor]
+"""Joints of the T-pose [N, 24, 3], metres, pelvis at 0, of shapes [N, 10]: a body model's proportions."""
+
+
+def keypoints_of(rotation: Tensor, beta: Tensor, joints: Joints = rest_joints) -> tuple[Tensor, Tensor]:
     """OpenPose's 18 points of bodies: metres [N, 18, 3] and whether a detector would see them [N, 18]. rotation:
     local [N, 24, 3, 3]; beta: [N, 10]."""
-    world, position = chain_rotations(rotation, rest_joints(beta))
+    world, position = chain_rotations(rotation, joints(beta))
     return openpose_points(world, position, beta)
 
 
@@ -131,14 +136,15 @@ def fit_bodies(
     steps: int = FIT_STEPS,
     people: Tensor | None = None,
     shape: Tensor | None = None,
+    joints: Joints = rest_joints,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move bodies until their keypoints lie on the given ones.
 
     rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
     height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10], which
-    stay as they are. Returns rotation, beta, camera
-    [N, 3], and the root mean square distance that is left [N], in frame heights. Adam on the rotations' first two
-    columns; squared distances of keypoints in units of the person's own height.
+    stay as they are. joints: differentiable. Returns rotation, beta, camera [N, 3], and the root mean square distance
+    that is left [N], in frame heights. Adam on the rotations' first two columns; squared distances of keypoints in
+    units of the person's own height.
     """
     xy, weight = _in_heights(body, aspect)
     people = torch.arange(len(body), device=body.device) if people is None else people
@@ -161,7 +167,7 @@ def fit_bodies(
             for group, rate in zip(optimizer.param_groups, (0.04, 0.05), strict=False):
                 group["lr"] = rate * min(1.0, 1.25 * (1 - step / steps) + 0.02)
             local = rotation_of_six(six)
-            points, _ = keypoints_of(local, shape[place])
+            points, _ = keypoints_of(local, shape[place], joints)
             camera = solve_camera(points, xy, weight)
             flat = points[..., :2] * points.new_tensor([1.0, -1.0])
             off = camera[:, None, :1] * flat + camera[:, None, 1:] - xy
@@ -176,7 +182,7 @@ def fit_bodies(
     with torch.no_grad():
         local = rotation_of_six(six.detach())
         beta = shape.detach()[place]
-        points, _ = keypoints_of(local, beta)
+        points, _ = keypoints_of(local, beta, joints)
         camera = solve_camera(points, xy, weight)
         flat = points[..., :2] * points.new_tensor([1.0, -1.0])
         off = camera[:, None, :1] * flat + camera[:, None, 1:] - xy
