@@ -141,8 +141,8 @@ def fit_bodies(
     """Move bodies until their keypoints lie on the given ones.
 
     rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
-    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10], which
-    stay as they are. joints: differentiable. Returns rotation, beta, camera [N, 3], and the root mean square distance
+    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10],
+    which stay as they are. joints: differentiable. Returns rotation, beta, camera [N, 3], and the root mean square distance
     that is left [N], in frame heights. Adam on the rotations' first two columns; squared distances of keypoints in
     units of the person's own height.
     """
@@ -156,9 +156,7 @@ def fit_bodies(
     six0 = six_of_rotation(rotation).detach()
     with torch.inference_mode(False), torch.enable_grad():
         # Inputs may be inference tensors (ComfyUI runs nodes so); autograd wants ordinary ones.
-        xy, weight, six0, start, rotation, place = (
-            x.clone() for x in (xy, weight, six0, start, rotation, place)
-        )
+        xy, weight, six0, start, rotation, place = (x.clone() for x in (xy, weight, six0, start, rotation, place))
         six = six0.clone().requires_grad_()
         shape = start.clone().requires_grad_(not known)
         groups = [{"params": [six], "lr": 0.04}] + ([] if known else [{"params": [shape], "lr": 0.05}])
@@ -175,7 +173,12 @@ def fit_bodies(
             off = off / (1.75 * camera[:, None, :1].detach())
             miss = (off.square().sum(-1) * weight).sum(1)
             stay = (local - rotation).square().sum((1, 2, 3))
-            loss = 4000 * miss.sum() + _PRIOR * stay.sum() + 0.3 * (shape - start).square().sum() + 0.05 * shape.square().sum()
+            loss = (
+                4000 * miss.sum()
+                + _PRIOR * stay.sum()
+                + 0.3 * (shape - start).square().sum()
+                + 0.05 * shape.square().sum()
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
