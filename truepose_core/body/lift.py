@@ -142,9 +142,9 @@ def fit_bodies(
 
     rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
     height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10],
-    which stay as they are. joints: differentiable. Returns rotation, beta, camera [N, 3], and the root mean square distance
-    that is left [N], in frame heights. Adam on the rotations' first two columns; squared distances of keypoints in
-    units of the person's own height.
+    which stay as they are. joints: differentiable. Returns rotation, beta, camera [N, 3], and the root mean square
+    distance that is left [N], in frame heights. Adam on the rotations' first two columns; squared distances of
+    keypoints in units of the person's own height.
     """
     xy, weight = _in_heights(body, aspect)
     people = torch.arange(len(body), device=body.device) if people is None else people

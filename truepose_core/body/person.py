@@ -86,6 +86,12 @@ class PosedBody:
         found = torch.stack([x, y, seen.to(x)], -1)
         return found * seen[..., None]
 
+    def repeated(self, count: int) -> PosedBody:
+        """`count` bodies, where there is one or as many."""
+        if len(self) == count:
+            return self
+        return replace(self, pose=self.pose.repeat(count))
+
     def to(self, device: torch.device | str) -> PosedBody:
         """The same on another device."""
         smpl = None if self.smpl is None else self.smpl.to(device)
@@ -190,8 +196,8 @@ def carry_person(
 ) -> CarriedPerson:
     """The person of a picture on other poses, as far as the picture shows them.
 
-    image: [B, 3, H, W] in [0, 1]. parsing: of the same size and B. source: their keypoints [B, 18, 3], normalised to
-    the picture, or their bodies on a canvas of its shape. target: keypoints [T, 18, 3], normalised to the picture that
+    image: [B, 3, H, W] in [0, 1]. parsing: of the same size and B. source: their keypoints [B or 1, 18, 3], normalised
+    to the picture, or their bodies on a canvas of its shape. target: keypoints [T, 18, 3], normalised to the picture that
     is made, or bodies on a canvas of its shape; T and B are equal, or one of them is 1. size: (height, width) of what
     is made, by default the image's.
 
@@ -245,19 +251,21 @@ def _by_body(
     if isinstance(source, Tensor) and isinstance(target, Tensor):
         _check_common(source, target)
     if isinstance(source, Tensor):
-        canvas = (image.shape[3], image.shape[2])
-        source = _told("the source pose", lambda: lift_person(source, canvas, smpl=smpl).body)
-    source = replace(source.to(image.device), girth=None if not girth else source.girth)
+        points, canvas = source, (image.shape[3], image.shape[2])
+        source = _told("the source pose", lambda: lift_person(points, canvas, smpl=smpl).body)
+    source = replace(source.to(image.device), girth=source.girth if girth else None)
+    if isinstance(target, Tensor):
+        poses = target.expand(max(len(source), len(target)), -1, -1)
+        target = _told("the target pose", lambda: lift_person(poses, (size[1], size[0]), like=source).body)
+    source = source.repeated(len(image))
     if girth and smpl is None and source.girth is None:
         source = replace(source, girth=girth_of(source, parsing))
-    if isinstance(target, Tensor):
-        canvas = (size[1], size[0])
-        target = _told("the target pose", lambda: lift_person(target, canvas, like=source).body)
-    else:
-        shape = source.pose.beta.expand(len(target), -1) if len(source) in (1, len(target)) else source.pose.beta
-        pose = target.pose.to(image.device)
-        pose = pose.select([0] * len(shape)) if len(pose) != len(shape) else pose
-        target = PosedBody(replace(pose, beta=shape), target.canvas, smpl, source.girth)
+    count = max(len(image), len(target))
+    beta = source.pose.beta.expand(count, -1)
+    pose = replace(
+        target.pose.to(image.device).select(torch.arange(len(target)).repeat(count // len(target))), beta=beta
+    )
+    target = PosedBody(pose, target.canvas, smpl, source.girth)
     result = carry(image, parsing, source.pose, target.pose, size, model=source.model, mirror=mirror)
     maps = result.correspondence.target
     return CarriedPerson(
@@ -268,8 +276,8 @@ def _by_body(
 def _by_skeleton(
     image: Tensor, parsing: HumanParsing, source: Tensor, target: Tensor, size: tuple[int, int]
 ) -> CarriedPerson:
-    count = max(len(source), len(target))
-    image, masks = image.expand(count, -1, -1, -1), parsing.masks.float().expand(count, -1, -1, -1)
+    count = max(len(image), len(target))
+    image, masks = image.expand(count, -1, -1, -1), parsing.masks.to(image).expand(count, -1, -1, -1)
     source, target = (x.to(image).expand(count, -1, -1) for x in (source, target))
     aspect = image.shape[3] / image.shape[2]
     grid, certain = skeleton_prior.carry(source, target, *size, source_aspect=aspect)
@@ -289,7 +297,7 @@ def _keypoints(given: Tensor | PosedBody) -> Tensor:
 
 
 def _check_counts(images: int, sources: int, targets: int) -> None:
-    if sources != images:
+    if sources not in (1, images):
         raise TruePoseError(f"there are {images} pictures and {sources} source people; expected one person per picture")
     if images != targets and 1 not in (images, targets):
         raise TruePoseError(f"there are {images} pictures and {targets} target poses; expected as many, or 1 of either")
@@ -300,7 +308,8 @@ def _check_common(source: Tensor, target: Tensor) -> None:
     if int(common.min()) < FEWEST:
         raise TruePoseError(
             f"source and target pose {int(common.argmin())} have {int(common.min())} visible keypoints in common; "
-            f"expected at least {FEWEST}. Give poses that show the same parts of the person, or choose the method {SKELETON}"
+            f"expected at least {FEWEST}. Give poses that show the same parts of the person, or choose the method "
+            f"{SKELETON}"
         )
 
 
