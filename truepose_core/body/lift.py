@@ -202,8 +202,8 @@ def check_liftable(body: Tensor) -> None:
     counts = (body[..., 2] > 0).sum(1)
     if int(counts.min()) < FEWEST:
         raise TruePoseError(
-            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} to "
-            "lift a body. Use the skeleton instead, or give keypoints of more of the person"
+            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} "
+            "to lift a body. Use the skeleton instead, or give keypoints of more of the person"
         )
 
 
@@ -272,6 +272,8 @@ def lift_net(path: str | None = None) -> LiftNet:
     from truepose_core.models.store import load_strict, read_small
 
     metadata, tensors = read_small(path or net_path(), "lift")
-    net = LiftNet(**json.loads(metadata["config"]))
-    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(path or net_path()))
-    return net.eval().requires_grad_(False)
+    # Weights made inside inference mode (ComfyUI's nodes) could never take part in a gradient.
+    with torch.inference_mode(False):
+        net = LiftNet(**json.loads(metadata["config"]))
+        load_strict(net, {name: x.float() for name, x in tensors.items()}, str(path or net_path()))
+        return net.eval().requires_grad_(False)

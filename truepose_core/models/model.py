@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truepose_core.alignment.skeleton_prior import body_coordinates
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
+from truepose_core.body.places import places_of
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.models.codec import PixelCodec, VAECodec
@@ -252,6 +252,7 @@ class TruePoseModel(nn.Module):
             image if self.config.aligned else None,
             self._context(context, latent) if behaviour.context == "image" else None,
             latent if behaviour.keeps_latent else None,
+            places_of(self.config.match, body, image.shape[-1] / image.shape[-2]),
         )
         if self.config.fusion == "none" or behaviour.source_timestep == "step":
             return features
@@ -331,7 +332,9 @@ class TruePoseModel(nn.Module):
                 if parsing is not None:
                     prior[n] = parsing.tokens(h, w)
                 if target_body is not None:
-                    body[n] = body_coordinates(target_body, h, w, aspect)
+                    places = source.target_coordinates(target_body, h, w, aspect)
+                    if places is not None:
+                        body[n] = places
         caa = source.caa
         if caa is not None:
             if target_body is not None and target_body.shape[0] != caa.tokens.shape[0]:

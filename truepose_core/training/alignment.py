@@ -134,9 +134,7 @@ class AlignPool:
     def _body(self, name: str, index: tuple[Tensor, Tensor]) -> tuple[BodyPose, BodyMaps]:
         t = {key.split(".")[1]: value[index] for key, value in self.tensors.items() if key.startswith(f"{name}.")}
         mask = (t["part"] >= 0).float()[:, None]
-        maps = BodyMaps(
-            t["rest"].float(), t["part"].long(), t["normal"].float(), t["depth"], mask, t["region"].long()
-        )
+        maps = BodyMaps(t["rest"].float(), t["part"].long(), t["normal"].float(), t["depth"], mask, t["region"].long())
         return BodyPose(t["theta"], t["beta"], t["camera"]), maps
 
     def batch(self, generator: torch.Generator) -> AlignBatch:

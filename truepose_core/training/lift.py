@@ -107,8 +107,8 @@ def world_rotations(local: Tensor) -> Tensor:
 
 
 class LiftTrainer(SmallTrainer):
-    """The first body learns from every sample, the others from those that they are nearest to (multiple choice learning,
-    Guzman-Rivera et al. 2012); the doubts learn each body's mean joint angle error."""
+    """The first body learns from every sample, the others from those that they are nearest to (multiple choice
+    learning, Guzman-Rivera et al. 2012); the doubts learn each body's mean joint angle error."""
 
     kind = "lift"
     config: LiftConfig
@@ -135,8 +135,8 @@ class LiftTrainer(SmallTrainer):
 
 
 def angle_errors(net: LiftNet, people: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Mean angle between true and lifted global rotations on test people, degrees: of the first body, the likeliest, the
-    best of all, and the likeliest one's root; beside them the mean doubt, which should be the likeliest's error."""
+    """Mean angle between true and lifted global rotations on test people, degrees: of the first body, the likeliest,
+    the best of all, and the likeliest one's root; beside them the mean doubt, which should be the likeliest's error."""
     batch = draw_bodies(torch.arange(people), split_seed("test", seed), None)
     with torch.no_grad():
         local, _, doubt = net(normalise(batch.points, ASPECT))

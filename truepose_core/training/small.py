@@ -81,7 +81,9 @@ class SmallTrainer(ABC):
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0."""
         c = self.config
-        return c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup)) * 0.5 * (1 + math.cos(math.pi * step / c.steps))
+        return (
+            c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup)) * 0.5 * (1 + math.cos(math.pi * step / c.steps))
+        )
 
     @property
     def _checkpoint(self) -> Path:
@@ -106,7 +108,11 @@ class SmallTrainer(ABC):
                 bar.update()
                 if self.step % max(1, c.save_every // 5) == 0 or self.step == c.steps:
                     means = {name: round(value / since, 6) for name, value in sums.items()}
-                    print(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means}), file=log, flush=True)
+                    print(
+                        json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means}),
+                        file=log,
+                        flush=True,
+                    )
                     bar.set_postfix(means)
                     sums, since = {}, 0
                 if self.step % c.save_every == 0:
@@ -160,7 +166,9 @@ class SmallTrainer(ABC):
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(x) for key, x in values.items()}
         story = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-        data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"story": json.dumps(story)})
+        data = save(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"story": json.dumps(story)}
+        )
         atomic_write(self._checkpoint, data, overwrite=True)
 
     def _resume(self) -> None:
@@ -179,7 +187,8 @@ class SmallTrainer(ABC):
         ]
         if other:
             raise TruePoseError(
-                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out folder"
+                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out "
+                "folder"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:
