@@ -30,6 +30,8 @@ _SLACK = 0.02
 """How much the aspect ratio of a body's canvas may differ from its picture's: rounding of a resize."""
 _GIRTH_SIDE = 128
 """Silhouettes are compared at this height, in pixels."""
+_CHUNK = 2**22
+"""About so many pixels are carried at once."""
 _CERTAIN = 0.75
 """From here on the skeleton warp counts a place as seen, as `skeleton_prior.warp` does."""
 
@@ -79,6 +81,19 @@ class PosedBody:
         scale = min(size[0] / self.canvas[0], size[1] / self.canvas[1]) * self.canvas[1] / size[1]
         return replace(self, pose=replace(self.pose, camera=self.pose.camera * scale), canvas=size)
 
+    def cropped(self, box: tuple[float, float, float, float], size: tuple[int, int]) -> PosedBody:
+        """The same bodies in the part of their canvas inside box (left, top, right, bottom), pixels of the canvas,
+        shown at `size` (width, height) of its shape."""
+        (width, height), (left, top, right, _) = self.canvas, box
+        scale, x, y = self.pose.camera.unbind(1)
+        zoom = size[0] / (right - left)
+        camera = [
+            scale * height * zoom,
+            (width / 2 + height * x - left) * zoom - size[0] / 2,
+            (height / 2 + height * y - top) * zoom - size[1] / 2,
+        ]
+        return replace(self, pose=replace(self.pose, camera=torch.stack(camera, 1) / size[1]), canvas=size)
+
     def keypoints(self) -> Tensor:
         """OpenPose's 18 points [N, 18, 3], normalised to the canvas; face points that look away are missing."""
         points, seen = keypoints_of(axis_angle_to_matrix(self.pose.theta), self.pose.beta, self.joints)
@@ -91,6 +106,12 @@ class PosedBody:
         if len(self) == count:
             return self
         return replace(self, pose=self.pose.repeat(count))
+
+    def of(self, index: Tensor) -> PosedBody:
+        """The bodies at `index`."""
+        one = self.girth is None or len(self.girth.trunk) == 1
+        girth = self.girth if one else self.girth.select(index)
+        return PosedBody(self.pose.select(index), self.canvas, self.smpl, girth)
 
     def to(self, device: torch.device | str) -> PosedBody:
         """The same on another device."""
@@ -197,9 +218,9 @@ def carry_person(
     """The person of a picture on other poses, as far as the picture shows them.
 
     image: [B, 3, H, W] in [0, 1]. parsing: of the same size and B. source: their keypoints [B or 1, 18, 3], normalised
-    to the picture, or their bodies on a canvas of its shape. target: keypoints [T, 18, 3], normalised to the picture that
-    is made, or bodies on a canvas of its shape; T and B are equal, or one of them is 1. size: (height, width) of what
-    is made, by default the image's.
+    to the picture, or their bodies on a canvas of its shape. target: keypoints [T, 18, 3], normalised to the picture
+    that is made, or bodies on a canvas of its shape; T and B are equal, or one of them is 1. size: (height, width) of
+    what is made, by default the image's.
 
     method: the surface of a body, or the skeleton warp, for people of whom few joints are known. mirror: see
     `carry.correspond`; of the body alone. girth: whether the generic body gets the girth of the source's clothes and
@@ -261,16 +282,28 @@ def _by_body(
     if girth and smpl is None and source.girth is None:
         source = replace(source, girth=girth_of(source, parsing))
     count = max(len(image), len(target))
+    # The target is the source's person, whatever body it was given with.
     beta = source.pose.beta.expand(count, -1)
     pose = replace(
         target.pose.to(image.device).select(torch.arange(len(target)).repeat(count // len(target))), beta=beta
     )
     target = PosedBody(pose, target.canvas, smpl, source.girth)
-    result = carry(image, parsing, source.pose, target.pose, size, model=source.model, mirror=mirror)
-    maps = result.correspondence.target
-    return CarriedPerson(
-        result.picture, result.seen, result.parsing, depth_picture(maps), normal_picture(maps), source, target
-    )
+    pieces = []
+    for chosen in torch.arange(count).split(max(1, _CHUNK // (size[0] * size[1]))):
+        sources = chosen if len(image) > 1 else chosen[:1] * 0
+        made = carry(
+            image[sources],
+            HumanParsing(parsing.masks[sources]),
+            source.pose.select(sources),
+            target.pose.select(chosen),
+            size,
+            model=source.of(sources).model,
+            mirror=mirror,
+        )
+        maps = made.correspondence.target
+        pieces.append((made.picture, made.seen, made.parsing.masks, depth_picture(maps), normal_picture(maps)))
+    picture, seen, masks, depth, normal = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return CarriedPerson(picture, seen, HumanParsing(masks), depth, normal, source, target)
 
 
 def _by_skeleton(

@@ -37,9 +37,9 @@ def add_condition_arguments(parser: argparse._ActionsContainer) -> None:
         action="extend",
         default=[],
         metavar="NAME=PICTURE",
-        help="a picture of the pose, for models that read one: depth, normal, semantic_map (champ; drawn from --pose or "
-        "--body unless given), densepose (Leffa), skeleton (drawn from --pose unless given). NAME=FOLDER for several "
-        f"poses, NAME={LEFT_OUT} to do without one",
+        help="a picture of the pose, for models that read one: depth, normal, semantic_map (champ) and skeleton, which "
+        "are drawn from --pose or --body unless given, and densepose (Leffa). NAME=FOLDER for several poses, "
+        f"NAME={LEFT_OUT} to do without one",
     )
     parser.add_argument(
         "--canvas",

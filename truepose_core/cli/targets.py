@@ -28,8 +28,8 @@ GALLERY = "gallery:"
 @dataclass(frozen=True)
 class Target:
     """One pose to show. pose, frame, person: what --pose or --body says, and which of it. body: [18, 3] keypoints,
-    normalised to the picture that is made. All are None where the maps, name -> file, say everything. posed: the body on
-    that picture, where --body gives it."""
+    normalised to the picture that is made. All are None where the maps, name -> file, say everything. name: the stem of
+    its pictures. posed: the body on the picture that is made, where --body gives it."""
 
     pose: str | None
     frame: int | None
@@ -37,6 +37,7 @@ class Target:
     body: Tensor | None
     out: Path
     maps: dict[str, Path]
+    name: str
     posed: PosedBody | None = None
 
 
@@ -94,14 +95,19 @@ def read_targets(
         names += [stem + (f"-{frame}" if len(poses) > 1 else "") for frame in range(len(poses))]
     for text in args.body:
         posed = read_posed(text, size, args.person, smpl, console).fitted(size)
-        found.append((text, None, args.person, posed.keypoints()[0], posed))
+        body = posed.keypoints()[0]
+        _check_inside(body, f"body file {text}", size, console, "Is its camera of another picture?")
+        found.append((text, None, args.person, body, posed))
         names.append(Path(text).stem)
     paths = output_paths("--out", args.out, names, args.overwrite)
     files = [maps.of(name, len(names)) for name in names]
     for each in files:
         for name, path in each.items():
             load_map(path, name, size[::-1])
-    return [Target(*each, path, own, posed) for (*each, posed), path, own in zip(found, paths, files, strict=True)]
+    return [
+        Target(*each, path, own, name, posed)
+        for (*each, posed), path, own, name in zip(found, paths, files, names, strict=True)
+    ]
 
 
 def output_paths(option: str, out: str, names: list[str], overwrite: bool) -> list[Path]:

@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from truepose_core.body.person import PosedBody
-
     from truepose_core.features import SourceFeatures
     from truepose_core.framing import Crop
     from truepose_core.models.cfld import CFLDSource
