@@ -76,7 +76,10 @@ def correspond(
         raise TruePoseError(f"there are {len(source)} source bodies and {len(target)} target bodies; expected as many")
     model = GenericBody() if model is None else model
     found = model.locate(target_maps, source, mirror)
-    grid = (2 * found[:, :2] - 1).permute(0, 2, 3, 1)
+    # `locate` answers for a frame of the target's shape; both frames are as high, and the middle is the middle.
+    (height, width), (source_height, source_width) = target_maps.size, source_maps.size
+    wider = width * source_height / (height * source_width)
+    grid = ((2 * found[:, :2] - 1) * found.new_tensor([wider, 1.0])[:, None, None]).permute(0, 2, 3, 1)
     # Nearest, not bilinear: between two parts a mean of depths is nobody's depth.
     shown = torch.cat([source_maps.depth, source_maps.mask, source_maps.normal[:, 2:]], 1)
     at = grid_sample(shown, grid, mode="nearest", padding_mode="zeros", align_corners=False)
