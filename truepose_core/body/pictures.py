@@ -7,6 +7,7 @@ its own renderer, scripts/data_processors/smpl/blend/smpl_rendering.blend.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from truepose_core.body.render import BodyMaps, relative_depth
@@ -16,6 +17,9 @@ CONTROLNET, CHAMP = "ControlNet", "champ"
 CONVENTIONS = (CONTROLNET, CHAMP)
 REACH = 1.1
 """Coordinates are drawn from -REACH to REACH metres; no body is wider or taller from its pelvis."""
+
+_HAND, _BALL = 0.77, 0.11
+"""Where at rest the mean generic body's hand and the ball of its foot are, metres to the side and to the front."""
 
 # champ colours a vertex by the joint with its largest skinning weight: matplotlib's viridis at 10 times SMPL's number.
 _VIRIDIS = (
@@ -50,7 +54,20 @@ def normal_picture(maps: BodyMaps, convention: str = CONTROLNET) -> Tensor:
 def semantic_picture(maps: BodyMaps) -> Tensor:
     """Each body part in champ's colour for it [N, 3, H, W] in [0, 1], on black."""
     table = maps.depth.new_tensor([*_VIRIDIS, (0, 0, 0)]) / 255
-    return table[maps.part].permute(0, 3, 1, 2)
+    return table[_smpl_parts(maps)].permute(0, 3, 1, 2)
+
+
+def _smpl_parts(maps: BodyMaps) -> Tensor:
+    """Parts as SMPL's skin is divided [N, H, W]: the generic body's fingers hang on wrists, its toes on ankles."""
+    if maps.face is not None:
+        return maps.part
+    beyond = {20: maps.rest[:, 0] > _HAND, 21: maps.rest[:, 0] < -_HAND, 7: maps.rest[:, 2] > _BALL}
+    beyond[8] = beyond[7]
+    part = maps.part
+    for joint, further in beyond.items():
+        # The next joint of the limb: 20 to 22, 7 to 10.
+        part = torch.where((maps.part == joint) & further, joint + (2 if joint > 19 else 3), part)
+    return part
 
 
 def coordinate_picture(maps: BodyMaps) -> Tensor:
