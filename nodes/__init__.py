@@ -33,6 +33,7 @@ from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
 from . import (  # noqa: E402
     attention,
+    body,
     caa,
     cfld,
     combine,
@@ -64,6 +65,7 @@ class TruePoseExtension(ComfyExtension):
             pose,
             pose_tools,
             mannequin,
+            body,
             attention,
             framing,
             combine,
