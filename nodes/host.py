@@ -642,12 +642,8 @@ class HPFAPatch:
         self, executor: Callable, model: object, conds: list, x: Tensor, timestep: Tensor, options: dict
     ) -> list:
         """The `CALC_COND_BATCH` wrapper: a prompt for an area sees a crop of the latent. Remember which crop."""
-        entries = [entry for cond in conds if cond is not None for entry in cond]
-        areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
-        if areas and (self.caas or any(a.matches for a in self.applied)):
-            inner = dict(options.get("transformer_options", {}))
-            inner[AREAS] = (tuple(x.shape[2:]), areas)
-            options = {**options, "transformer_options": inner}
+        if self.caas or any(a.matches for a in self.applied):
+            options = with_areas(conds, x, options)
         return executor(model, conds, x, timestep, options)
 
     def on_prepare(
@@ -666,6 +662,16 @@ class HPFAPatch:
         """The `ON_CLEANUP` callback, at the end of every run, failed ones included."""
         for applied in (*self.applied, *self.caas):
             applied.release()
+
+
+def with_areas(conds: list, x: Tensor, options: dict) -> dict:
+    """Options that also say which crop of the latent x [B, C, h, w] each prompt for an area sees."""
+    entries = [entry for cond in conds if cond is not None for entry in cond]
+    areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
+    if not areas:
+        return options
+    inner = {**options.get("transformer_options", {}), AREAS: (tuple(x.shape[2:]), areas)}
+    return {**options, "transformer_options": inner}
 
 
 def _clip_area(area: Sequence[int], size: Sequence[int]) -> Area:
