@@ -43,6 +43,7 @@ from . import (  # noqa: E402
     parsing,
     pose,
     pose_tools,
+    references,
     sampler,
     source,
 )
@@ -58,6 +59,7 @@ class TruePoseExtension(ComfyExtension):
             caa,
             cfld,
             sampler,
+            references,
             human_parsing,
             parsing,
             pose,

@@ -83,7 +83,7 @@ def make_model(seed: int = 0, family: str = "SD15", **changes: object):
     )
 
 
-TEXT = 40
+TEXT = CONTEXT
 """Width of the text that the tiny editors read."""
 _FLUX = {
     "in_channels": 16,
@@ -217,14 +217,14 @@ def make_editor(name: str = "kontext", seed: int = 0, **changes: object):
     )
 
 
-def make_vae(seed: int = 0):
+def make_vae(seed: int = 0, channels: int = 4):
     """A VAE with eightfold reduction."""
     import comfy.sd
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     sizes = {
         "double_z": True,
-        "z_channels": 4,
+        "z_channels": channels,
         "resolution": 64,
         "in_channels": 3,
         "out_ch": 3,
@@ -234,10 +234,26 @@ def make_vae(seed: int = 0):
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    config = {"params": {"ddconfig": sizes, "embed_dim": 4}}
+    config = {"params": {"ddconfig": sizes, "embed_dim": channels}}
     first = AutoencoderKL(**config["params"])
     _fill(first, seed)
     return comfy.sd.VAE(sd=first.state_dict(), config=config)
+
+
+class FrameVAE:
+    """A VAE whose latents have an axis of frames [B, C, 1, h, w], as Qwen's have."""
+
+    def __init__(self, vae: object) -> None:
+        self.vae = vae
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.vae, name)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.vae.encode(pixels)[:, :, None]
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(samples[:, :, 0])
 
 
 def make_control_net(seed: int = 0, family: str = "SD15"):

@@ -14,6 +14,7 @@ from bench import close, far
 from fixtures.tiny import EDITORS, TEXT, has_editor, make_editor
 from pack.nodes import host, host_references
 from pack.nodes.host_references import ReferenceGuide
+from pack.nodes.references import GuideReferences
 from torch import Tensor
 
 from truepose_core.alignment.skeleton_prior import body_coordinates
@@ -602,6 +603,59 @@ class TestBesideOthers:
             shut = sample(apply(who, [FACE, SOFT], parsings(2), keep_positions=True), name, references(name, 2))
             assert close(ours, shut, TOLERANCE)
             assert far(ours, sample(apply(editor(name), [FACE, SOFT], parsings(2)), name, references(name, 2)))
+
+
+class TestNode:
+    """The node: a schema and a call."""
+
+    def call(self, **more: object) -> tuple:
+        given = {"model": editor("kontext"), "parsing": parsings(1)[0], **more}
+        return GuideReferences.execute(**given).result
+
+    def test_by_default_the_background_is_left_out(self) -> None:
+        patched, _ = self.call()
+        (guide,) = host_references.guides_of(patched)
+        assert guide.omega == (0.0, *ALL[1:]) and not guide.matches and guide.sigmas is None
+        apart = sample(apply(editor("kontext"), [guide.omega], parsings(1)), "kontext", references("kontext"))
+        assert torch.equal(sample(patched, "kontext", references("kontext")), apart)
+        same, _ = self.call(background=1.0)
+        assert same is editor("kontext")
+
+    def test_the_photo_without_what_is_left_out(self) -> None:
+        mask = parsings(1)[0]
+        photo = torch.rand(1, *mask.size, 3, generator=torch.Generator().manual_seed(2))
+        _, shown = self.call(image=photo, upper=0.0, face=0.4)
+        hidden = (mask.labels() == Region.UPPER) | (mask.labels() == Region.BACKGROUND)
+        assert bool((shown[hidden] == host_references.GREY).all())
+        assert torch.equal(shown[~hidden], photo[~hidden])
+        _, blocked = self.call()
+        assert "image input" in blocked.message
+        with pytest.raises(TruePoseError, match="the image 64x64"):
+            self.call(image=photo[:, :64])
+
+    def test_a_target_pose_carries_the_parsing_into_its_own_canvas(self) -> None:
+        pose = keypoints(64, 96)
+        patched, _ = self.call(region_match=2.0, body_match=1.0, pose=pose, target_pose=keypoints(128, 64))
+        (guide,) = host_references.guides_of(patched)
+        assert not guide.given and guide.target.size == (8, 16)
+        assert bool(sample(patched, "kontext", references("kontext"), height=8, width=16).isfinite().all())
+        with pytest.raises(TruePoseError, match="connect target_parsing"):
+            self.call(region_match=2.0, pose=pose)
+        with pytest.raises(TruePoseError, match=r"start_percent 0\.8 is after"):
+            self.call(start_percent=0.8, end_percent=0.2)
+
+    def test_a_window_is_told_in_noise(self) -> None:
+        patched, _ = self.call(start_percent=0.2, end_percent=0.6)
+        (guide,) = host_references.guides_of(patched)
+        sampling = patched.get_model_object("model_sampling")
+        assert guide.sigmas == (sampling.percent_to_sigma(0.2), sampling.percent_to_sigma(0.6))
+
+
+def keypoints(width: int, height: int) -> list[dict]:
+    """One frame of POSE_KEYPOINT with one person."""
+    xy = torch.rand((18, 2), generator=torch.Generator().manual_seed(2)) * torch.tensor([width, height])
+    flat = torch.cat([xy, torch.ones(18, 1)], 1).flatten().tolist()
+    return [{"canvas_width": width, "canvas_height": height, "people": [{"pose_keypoints_2d": flat}]}]
 
 
 class TestNothingStays:
