@@ -37,6 +37,14 @@ RESULT = {
         {"what": "plain", "counted": 1.0, "timed": 1.0, "seconds": 2.0, "extra_peak_mb": 0.0},
         {"what": "person", "counted": 1.1, "timed": 1.2, "seconds": 2.4, "extra_peak_mb": None},
     ],
+    "run_steps": 25,
+    "run_poses": 4,
+    "runs": [
+        {
+            **{"tokens": "person", "reading": "4 noise levels"},
+            **{"counted_1": 1.2, "timed_1": 1.3, "counted_4": 1.12, "timed_4": 1.15},
+        }
+    ],
 }
 
 
@@ -114,8 +122,10 @@ def test_the_table_shows_every_step_and_what_the_columns_mean():
     text = host_tables(json.loads(json.dumps(RESULT)))
     assert "ComfyUI 1.2.3" in text and "40% of them" in text
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| p")]
-    assert [row[1].strip() for row in rows] == ["plain", "person"]
+    assert [row[1].strip() for row in rows] == ["plain", "person", "person"]
     assert [c.strip() for c in rows[1][2:6]] == ["1.100", "1.200", "2.400", "-"]
+    assert [c.strip() for c in rows[2][2:7]] == ["4 noise levels", "1.200", "1.300", "1.120", "1.150"]
+    assert "25 steps x 4 poses, counted" in text
 
 
 def test_the_tables_of_editors_say_what_was_counted_and_what_was_not():

@@ -24,7 +24,9 @@ One guided step: a positive and a negative row, through the host's own guider an
   default: the negative prompt's row does not see the source. Region match adds 8 channels per head.
 * extra peak: memory held at most in a step above that of the plain step, {dtype}.
   The source's features themselves are {source_mb:,.0f} MB ({source_dtype}), half of that in float16.
-* source read at every step: one more pass of the UNet per step, as a patch that keeps nothing would need."""
+* source read at every step: one more pass of the UNet per step, with the source's one row.
+* runs: {steps} steps, and {steps} steps for each of {poses} poses of one source, over as many plain steps; reading the
+  source is counted in, once for all poses but at every step where it is read there."""
 
 
 EDITORS = """\
@@ -152,15 +154,27 @@ def host_tables(result: dict[str, Any]) -> str:
             for r in result["steps"]
         ],
     )
+    steps, poses = result["run_steps"], result["run_poses"]
+    columns = [f"{key}_{count}" for count in (1, poses) for key in ("counted", "timed")]
+    spread = markdown(
+        (
+            *("tokens", "source read", f"{steps} steps, counted", "timed"),
+            *(f"{steps} steps x {poses} poses, counted", "timed"),
+        ),
+        [[r["tokens"], r["reading"], *(f"{r[c]:.3f}" for c in columns)] for r in result["runs"]],
+    )
     clock = "CUDA events" if machine["device_type"] == "cuda" else "CPU time of one thread"
     notes = DEFINITIONS.format(
+        steps=steps,
+        poses=poses,
         clock=clock,
         person=result["person"],
         dtype=machine["dtype"],
         source_mb=result["source_mb"],
         source_dtype=result["source_dtype"],
     )
-    return "\n\n".join([head, f"### {result['model']} at {result['size']}: a step over the plain step", table, notes])
+    title = f"### {result['model']} at {result['size']}"
+    return "\n\n".join([head, f"{title}: a step over the plain step", table, f"{title}: runs", spread, notes])
 
 
 def editor_tables(result: dict[str, Any]) -> str:
