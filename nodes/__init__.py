@@ -45,6 +45,7 @@ from . import (  # noqa: E402
     parsing,
     pose,
     pose_tools,
+    references,
     sampler,
     source,
 )
@@ -60,6 +61,7 @@ class TruePoseExtension(ComfyExtension):
             caa,
             cfld,
             sampler,
+            references,
             human_parsing,
             parsing,
             pose,
