@@ -32,6 +32,7 @@ _find_core()
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
 from . import (  # noqa: E402
+    align,
     attention,
     body,
     caa,
@@ -71,6 +72,7 @@ class TruePoseExtension(ComfyExtension):
             attention,
             framing,
             combine,
+            align,
             field,
         )
         nodes = [node for module in modules for node in module.NODES]
