@@ -44,9 +44,9 @@ class GuidanceReport:
     rows: name -> "easy" | "extreme" -> {"pck@0.1", "pck@0.2": share of the joints in 0..1, "error": mean distance in
     picture heights, "field": mean field value of the results in radians, "psnr": of the person in dB}, and for each of
     them "... se": the standard error, of guided rows that of the difference to the same pictures without guidance. The
-    row "truth" is the judge on the true pictures. options: row -> its `FieldGuidance`. step: {"seconds", "kept_mib": what guidance
-    adds to a step of one picture: time and the tensors kept for the gradient; "weights_mib"; "plain_seconds": of a step
-    without it}. pairs: of each kind; how they were chosen is said in `markdown`.
+    row "truth" is the judge on the true pictures. options: row -> its `FieldGuidance`. step: {"seconds", "kept_mib":
+    what guidance adds to a step of one picture: time and the tensors kept for the gradient; "weights_mib";
+    "plain_seconds": of a step without it}. pairs: of each kind; how they were chosen is said in `markdown`.
     """
 
     rows: dict[str, dict[str, dict[str, float]]]
