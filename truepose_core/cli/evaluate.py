@@ -10,6 +10,7 @@ from truepose_core.cli.console import (
     Console,
     check_file,
     choose_device,
+    height_by_width,
     memory_text,
     number,
     peak_memory,
@@ -27,9 +28,11 @@ DESCRIPTION = """\
 Measure every row of the table on pairs that training never sees: PSNR and SSIM on the person, the clothes and the
 face, and whether the pattern of the clothes was carried over. Needs: pip install "comfyui-truepose[eval]"
 
-Rows without a network: copy (the source as it is), regions (the source's mean colours painted on the true target
-parsing), warp (the source moved along the skeleton). Learned rows of equal data, budget and seed: pose, concat, HPFA,
-HPFA+CAA. And bundled, the model that ships.
+Rows without a diffusion model: copy (the source as it is), regions (the source's mean colours painted on the true
+target parsing), warp (the source moved along the skeleton), body-lifted, body-given, surface (moved along a body lifted
+from the keypoints, a body of true parameters, the true person's surface), alignment-K (recurrent alignment in K steps
+on lifted bodies). With +parsing, places that the source hides are painted on the true target parsing. Learned rows of
+equal data, budget and seed: pose, concat, HPFA, HPFA+CAA. And bundled, the model that ships.
 
 With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels),
 pasting back, and a swapped garment with the bundled model.
@@ -42,6 +45,7 @@ examples:
   truepose eval --data mannequin --pairs 32                     a quick look
   truepose eval --data mannequin --json table.json --sheet table.png
   truepose eval --rows copy warp HPFA+CAA --steps 20
+  truepose eval --rows warp body-lifted body-given surface --size 128x96 --details
   truepose eval --rows copy mine --model mine=run/weights.safetensors
   truepose eval --data mannequin --parts --pairs 64
   truepose eval --data mannequin --field
@@ -90,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="ROW",
-        help="which rows: copy, regions, warp, pose, concat, HPFA, HPFA+CAA, bundled (default: all)",
+        help="which rows: copy, regions, warp, body-lifted, body-given, surface (each also with +parsing), "
+        "alignment-1, alignment-2, alignment-4, pose, concat, HPFA, HPFA+CAA, bundled (default: all)",
     )
     parser.add_argument(
         "--model",
@@ -104,6 +109,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=whole(1, 1000), default=12, metavar="N", help="sampling steps of learned rows (default: 12)"
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling noise (default: 0)")
+    parser.add_argument(
+        "--size",
+        type=height_by_width,
+        metavar="HxW",
+        help="height x width of the pictures in pixels, 16 to 1024 (default: the largest chosen model's, else 64x48)",
+    )
+    parser.add_argument(
+        "--keypoint-noise",
+        type=number(0, 64),
+        default=0.0,
+        metavar="PX",
+        help="body and alignment rows: noise on the keypoints, in pixels of a 512x768 picture (default: 0)",
+    )
+    parser.add_argument(
+        "--missing",
+        type=number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="body and alignment rows: share of the keypoints that are left out (default: 0)",
+    )
+    parser.add_argument(
+        "--angle-noise",
+        type=number(0, 90),
+        default=0.0,
+        metavar="DEGREES",
+        help="row body-given: noise on the joint rotations (default: 0)",
+    )
+    parser.add_argument(
+        "--refit", action="store_true", help="row body-given: fit the noisy bodies to the keypoints (default: off)"
+    )
     parser.add_argument("--details", action="store_true", help="also print the table per view and per pattern")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first pairs")
@@ -128,11 +163,20 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise TruePoseError("--field-scale and --field-mu belong to --field-guidance; add it, or leave them out")
     if chosen:
         return _run_other(args, chosen[0], console, started)
+    from truepose_core.evaluation.bodies import Difficulty
     from truepose_core.evaluation.evaluate import PAIRS, evaluate
 
     device = choose_device(args.device)
     report = evaluate(
-        args.data, args.pairs or PAIRS, args.seed, args.rows, args.steps, models=models or None, device=device
+        args.data,
+        args.pairs or PAIRS,
+        args.seed,
+        args.rows,
+        args.steps,
+        models=models or None,
+        size=args.size,
+        device=device,
+        difficulty=Difficulty(args.keypoint_noise, args.missing, args.angle_noise, args.refit),
     )
     if args.json is not None:
         atomic_write(args.json, report.to_json() + "\n", args.overwrite)

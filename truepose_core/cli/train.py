@@ -21,7 +21,7 @@ DIR holds weights.safetensors at the end (averaged, float16: what --model and tr
 TensorBoard curves on the way, and a checkpoint. Ctrl-C writes a checkpoint and stops; the same command goes on from
 there, to the same state as a run that was never stopped.
 
-The rows lift, field and keypoints are small networks that stand beside the models; they train in minutes, and DIR gets
+The rows lift, alignment, field and keypoints are small networks that stand beside the models; DIR gets
 weights.safetensors, a checkpoint and log.jsonl.
 """
 EPILOG = """\
@@ -31,6 +31,8 @@ examples:
   truepose train --out run --base stable-diffusion-v1-5 --data my-pairs --row HPFA --height 512 --width 384 \\
       --precision bf16 --gradient-checkpointing
   accelerate launch --num_processes 2 -m truepose_core.cli train --out run
+  truepose train --out lift --row lift                                      keypoints to bodies
+  truepose train --out align --row alignment --height 64 --width 48 --steps 1300
   truepose train --out field --row field                                    the pose field, some minutes
   truepose train --out field --row field --data AMASS --every 30            on real people's poses
   truepose train --out reader --row keypoints --vae stable-diffusion-v1-5 --data my-pairs
@@ -46,7 +48,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         str,
         "ROW",
         "what is trained: pose, concat, HPFA or HPFA+CAA, the rows of the table; full, the bundled model; or lift, "
-        "field or keypoints, small networks",
+        "alignment, field or keypoints, small networks",
     ),
     "steps": (whole(1, MOST), "N", "optimiser steps"),
     "sources": (whole(1, 4096), "N", "people per step"),
@@ -88,6 +90,11 @@ SMALL_OPTIONS: dict[str, tuple[Any, str, str]] = {
     "device": (str, "NAME", "cpu, cuda ..."),
     "depth": (whole(1, 16), "N", "hidden layers; their size is --width"),
     "hypotheses": (whole(1, 16), "N", "bodies that the network offers"),
+    "refill": (whole(1, MOST), "N", "people replaced at once, as often as one person a step makes it"),
+    "longer": (number(0, 1), "SHARE", "share of the steps that go from pose to pose in two steps, not one"),
+    "start": (str, "FILE", "weights to go on from"),
+    "lift": (str, "FILE", "the lifting network, if not the one that ships"),
+    "channels": (whole(8, 1024), "N", "channels at half the picture's size"),
     "valid": (whole(16, MOST), "N", "valid poses drawn from the mannequin world"),
     "noised": (whole(1, MOST), "N", "noised poses, labelled with their distance to the nearest valid one"),
     "every": (whole(1, MOST), "N", "takes each N-th frame of --data, a folder of AMASS-style npz files"),

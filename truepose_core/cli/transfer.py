@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truepose_core.cli.bodies import add_body_arguments, check_body_options, load_smpl, posed_targets
 from truepose_core.cli.conditions import (
     PoseMaps,
     add_condition_arguments,
@@ -66,6 +67,7 @@ from truepose_core.errors import TruePoseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from truepose_core.body.person import PosedBody
     from truepose_core.features import SourceFeatures
     from truepose_core.framing import Crop
     from truepose_core.guidance.field import FieldGuidance
@@ -103,7 +105,8 @@ poses:
 models of other systems:
   --model takes their weight files as they were published, or what truepose convert wrote; `truepose inspect FILE...`
   says the command line for a file. Guidance scales are the published ones unless given
-  --pose-map NAME=PICTURE  what a model reads beside or instead of --pose; of the picture's aspect ratio
+  --pose-map NAME=PICTURE  what a model reads beside or instead of --pose; of the picture's aspect ratio. champ's depth,
+                           normal and semantic_map are drawn from --pose or --body where they are not given
   --pose-map NAME=FOLDER   for several poses: pictures of one pose have the same name in every folder, and the name of
                            the pose's result where --pose is given too (wave.json: wave.png)
 
@@ -160,6 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the poses on the proportions of the person in SOURCE; the feet, or the hips, stay where the pose has "
         "them (--retarget alone: feet)",
     )
+    add_body_arguments(inputs, "poses as 3D bodies")
     add_condition_arguments(inputs)
     person = parser.add_argument_group("the person in SOURCE")
     add_person_arguments(person)
@@ -270,7 +274,8 @@ class Inputs:
     """Everything that was given, read and checked.
 
     photo: the person of SOURCE. source: what the model reads of it: the photo, or its crop. targets: the poses, on the
-    picture that the model makes, which is `made` (width, height); the output is `size`. maps: their pictures. canvas:
+    picture that the model makes, which is `made` (width, height); the output is `size`. posed: their bodies, where maps
+    are rendered. maps: their pictures. canvas:
     what the pipeline takes of --canvas and --mask. donors: the --from options and their persons. cut: edges of the
     photo that the person reaches.
     """
@@ -279,6 +284,7 @@ class Inputs:
     source: PersonPhoto
     crop: Crop | None
     targets: list[Target]
+    posed: list[PosedBody]
     maps: PoseMaps
     canvas: dict[str, Tensor]
     size: tuple[int, int]
@@ -294,8 +300,14 @@ def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> I
     """Read and check all pictures and poses. Raises TruePoseError for the first that does not do."""
     networks = Networks(args)
     wanted = read_donors(args)
-    maps = choose_maps(args.pose_map, model)
+    maps = choose_maps(args.pose_map, model, posed=bool(args.pose or args.body))
     check_keypoints(args, model, maps)
+    check_body_options(args)
+    if args.smpl is not None and not maps.rendered:
+        raise TruePoseError(
+            f"--smpl draws the pose maps of a body, and --model {model.name} is not given any; leave it out"
+        )
+    smpl = load_smpl(args)
     photo = read_person(
         args.source,
         networks,
@@ -312,7 +324,7 @@ def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> I
         crop = find_crop(photo, frame_sizes(args.frame, model))
         source = photo.cropped(crop)
     size = output_size(args, source)
-    targets = read_targets(args, size, source, maps, networks, console)
+    targets = read_targets(args, size, source, maps, networks, console, smpl)
     canvas = read_canvas(args, size[::-1])
     if args.paste_back is not None:
         # Poses lie on the photo, and the crop shows the person as they were and as they will be.
@@ -320,7 +332,12 @@ def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> I
         source = photo.cropped(crop)
         targets = [replace(target, body=crop.apply_keypoints(target.body)) for target in targets]
     networks.close()
-    return Inputs(photo, source, crop, targets, maps, canvas, size, donors, cut)
+    posed: list[PosedBody] = []
+    if maps.rendered:
+        made = size if crop is None else crop.size_model[::-1]
+        posed = posed_targets(targets, made, source.body, source.size[1] / source.size[0], smpl)
+        console.note(f"{', '.join(maps.rendered)}: drawn from the poses' bodies; --pose-map takes pictures instead")
+    return Inputs(photo, source, crop, targets, posed, maps, canvas, size, donors, cut)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -576,7 +593,8 @@ def _sample(
     with tqdm(total=len(given.targets) * steps, desc="sampling", unit="step") as bar:
         for first in range(0, len(given.targets), batch):
             chunk = given.targets[first : first + batch]
-            maps = given.maps.pipeline_maps([target.maps for target in chunk], (height, width))
+            bodies = given.posed[first : first + batch]
+            maps = given.maps.pipeline_maps([target.maps for target in chunk], (height, width), bodies)
             images = opened.pipe(
                 features,
                 torch.stack([standing() if target.body is None else target.body for target in chunk]),

@@ -13,7 +13,7 @@ from torch import Tensor
 from truepose_core.alignment.skeleton_prior import carry as carry_along_skeleton
 from truepose_core.alignment.skeleton_prior import region_colors, region_prior
 from truepose_core.body.carry import Correspondence, carry, correspond
-from truepose_core.body.lift import fit_bodies, lift
+from truepose_core.body.lift import fit_bodies, lift, lift_net
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyModel, GenericBody
 from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
@@ -33,8 +33,8 @@ REFERENCE_HEIGHT = 768
 @dataclass(frozen=True)
 class Difficulty:
     """What makes the geometry harder than the world's own truth. noise: standard deviation of keypoints in pixels of a
-    512x768 picture. missing: share of the keypoints that are left out. angle: standard deviation of given joint
-    rotations, degrees; refit: whether bodies given so are fitted to the keypoints."""
+    512x768 picture. missing: share of each person's keypoints that are left out. angle: standard deviation of given
+    joint rotations, degrees; refit: whether bodies given so are fitted to the keypoints."""
 
     noise: float = 0.0
     missing: float = 0.0
@@ -70,10 +70,12 @@ class BodyRows:
         for points, person in zip(body, identity.tolist(), strict=True):
             generator = torch.Generator().manual_seed(2 * person + seed)
             shift = d.noise / REFERENCE_HEIGHT * torch.randn(18, 2, generator=generator)
-            left_out = torch.rand(18, generator=generator) < d.missing
             points = points.clone()
             points[:, :2] += shift * torch.tensor([height / width, 1.0]) * (points[:, 2:] > 0)
-            made.append(points * ~left_out[:, None])
+            seen = (points[:, 2] > 0).nonzero().flatten()
+            left_out = seen[torch.randperm(len(seen), generator=generator)[: round(d.missing * len(seen))]]
+            points[left_out] = 0
+            made.append(points)
         return torch.stack(made)
 
     def _given(self, side: Rendering, seed: int, identity: Tensor, keypoints: Tensor) -> BodyPose:
@@ -90,7 +92,9 @@ class BodyRows:
         if not d.refit:
             return BodyPose(matrix_to_axis_angle(rotation), side.beta, side.camera)
         aspect = side.image.shape[-1] / side.image.shape[-2]
-        rotation, beta, camera, _ = fit_bodies(rotation, side.beta, keypoints, aspect, shape=side.beta)
+        rotation, beta, camera, _ = fit_bodies(
+            rotation, side.beta, keypoints, aspect, covariance=lift_net().covariance, shape=side.beta
+        )
         return BodyPose(matrix_to_axis_angle(rotation), beta, camera)
 
     def bodies(self, kind: str, pairs: PairBatch) -> tuple[BodyPose, BodyPose, BodyModel]:

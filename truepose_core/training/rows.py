@@ -25,6 +25,9 @@ class SmallRow:
 
 SMALL_ROWS = {
     "lift": SmallRow("lift", "LiftConfig", "LiftTrainer", "keypoints to a body"),
+    "alignment": SmallRow(
+        "alignment", "AlignTrainingConfig", "AlignTrainer", "recurrent alignment of a carried picture"
+    ),
     "field": SmallRow("field", "FieldConfig", "FieldTrainer", "how far a pose is from the valid ones"),
     "keypoints": SmallRow(
         "keypoints", "KeypointConfig", "KeypointTrainer", "reads the pose off a picture in the making, for guidance"

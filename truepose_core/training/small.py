@@ -74,6 +74,10 @@ class SmallTrainer(ABC):
     def describe(self) -> dict[str, Any]:
         """The network's own configuration, as JSON values."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file of weights holds: the averaged ones."""
+        return self.average.state_dict()
+
     def generator(self, step: int) -> torch.Generator:
         """The random numbers of a step."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
@@ -154,7 +158,7 @@ class SmallTrainer(ABC):
         from truepose_core.models.store import save_small
 
         story = {**asdict(self.config), "steps_done": self.step, "seconds": round(self.seconds)}
-        return save_small(self.average.state_dict(), path, self.kind, self.describe(), story)
+        return save_small(self.tensors(), path, self.kind, self.describe(), story)
 
     def save(self) -> None:
         """Write a checkpoint from which a trainer of the same settings continues to the same state."""
