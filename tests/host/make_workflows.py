@@ -187,8 +187,8 @@ def training_free(graph: Graph, model: dict, openpose: dict, width: int, height:
             f"""
             # {title}
             Shows the person of the source picture in another pose, without any training: the checkpoint reads
-            the source once (**SourceNet Encode**), and **Apply HPFA** lets it look there while it makes the
-            picture.
+            the source at four noise levels (**SourceNet Encode**), and **Apply HPFA** lets it look there while it
+            makes the picture.
 
             You need a checkpoint and an OpenPose ControlNet of the same family; the links are in the two
             loaders. Any other {model["name"].split("-")[0].split("_")[0].upper().replace("V1", "SD1.5")}
@@ -284,8 +284,8 @@ def many_poses_one_source(graph: Graph) -> None:
         graph.note(
             """
             # One source, many poses
-            **SourceNet Encode** reads the person once. **Load Pose** gives four poses, and the batch shows the
-              person in each of them. Change the poses, the seed or the prompt: the source is not read again.
+            **SourceNet Encode** reads the person, once for all. **Load Pose** gives four poses, and the batch shows the
+            person in each of them. Change the poses, the seed or the prompt: the source is not read again.
 
             The poses are OpenPose JSON, pasted into the node; choose a file of the input folder instead if you
             like. **batch_size** of the latent is the number of poses.
