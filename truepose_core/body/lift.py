@@ -160,7 +160,9 @@ def fit_bodies(
         six = six0.clone().requires_grad_()
         shape = start.clone().requires_grad_(not known)
         groups = [{"params": [six], "lr": 0.04}] + ([] if known else [{"params": [shape], "lr": 0.05}])
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+        # So large an eps that joints which the keypoints hardly tell of stay where the network has them, and rounding is not
+        # blown up to whole steps.
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=30.0)
         for step in range(steps):
             for group, rate in zip(optimizer.param_groups, (0.04, 0.05), strict=False):
                 group["lr"] = rate * min(1.0, 1.25 * (1 - step / steps) + 0.02)
