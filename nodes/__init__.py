@@ -32,10 +32,13 @@ _find_core()
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
 from . import (  # noqa: E402
+    align,
     attention,
+    body,
     caa,
     cfld,
     combine,
+    field,
     framing,
     human_parsing,
     mannequin,
@@ -43,6 +46,7 @@ from . import (  # noqa: E402
     parsing,
     pose,
     pose_tools,
+    references,
     sampler,
     source,
 )
@@ -58,14 +62,18 @@ class TruePoseExtension(ComfyExtension):
             caa,
             cfld,
             sampler,
+            references,
             human_parsing,
             parsing,
             pose,
             pose_tools,
             mannequin,
+            body,
             attention,
             framing,
             combine,
+            align,
+            field,
         )
         nodes = [node for module in modules for node in module.NODES]
         for node in nodes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,15 @@ from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
 from truepose_core.guidance import combine_guidance, guidance_factors, rescale_guidance, weigh_region_tokens
+from truepose_core.guidance.field import (
+    FieldGuidance,
+    PoseEnergy,
+    clean_estimate,
+    field_step,
+    load_energy,
+    moved_prediction,
+    signal_share,
+)
 from truepose_core.models.config import SKELETON
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.processors import CrossAttention, SelfAttention, attention_sites
@@ -75,6 +85,7 @@ class TruePosePipeline(DiffusionPipeline):
             image_encoder=image_encoder,
         )
         self.model: TruePoseModel | None = None
+        self._energy: tuple[str | Path | None, PoseEnergy] | None = None
 
     @classmethod
     def from_model(
@@ -216,6 +227,7 @@ class TruePosePipeline(DiffusionPipeline):
         canvas: Tensor | None = None,
         mask: Tensor | None = None,
         source_once: bool = False,
+        field_guidance: FieldGuidance | None = None,
     ) -> TransferOutput:
         """Show the source person in the target poses.
 
@@ -235,6 +247,7 @@ class TruePosePipeline(DiffusionPipeline):
         canvas, mask: for models that fill a mask: the picture [B, 3, height, width] in [0, 1] to keep outside of it,
             and where to make the picture, [B, 1, height, width]. Without them all of it is made.
         source_once: read the source at the middle step only, where the model reads it anew at every step.
+        field_guidance: how the pose interaction field moves the estimates towards the target pose; None is not at all.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
 
@@ -299,6 +312,7 @@ class TruePosePipeline(DiffusionPipeline):
             with_context = features.context.repeat_interleave(batch // features.context.shape[0], 0)
             without = torch.zeros_like(with_context)
         factors = guidance_factors(guidance_pose, guidance_source)
+        energy = self._pose_energy(field_guidance, device)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         steps = self.scheduler.timesteps
@@ -325,6 +339,8 @@ class TruePosePipeline(DiffusionPipeline):
                 prediction = combine_guidance(*predictions, guidance_pose, guidance_source)
                 if guidance_rescale > 0 and predictions[2] is not None:
                     prediction = rescale_guidance(prediction, predictions[2], guidance_rescale)
+                if energy is not None and field_guidance.works_at(self._share(t)):
+                    prediction = self._guide(prediction, x.float(), t, body, energy, field_guidance, frame)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
                 if callback_on_step_end is not None:
                     given = callback_on_step_end(self, i, int(t), {"latents": latents})
@@ -337,6 +353,43 @@ class TruePosePipeline(DiffusionPipeline):
                 f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
             )
         return TransferOutput(frame.restore(images), features)
+
+    def _pose_energy(self, options: FieldGuidance | None, device: torch.device) -> PoseEnergy | None:
+        """The networks of the field's guidance on the device; None where it does nothing."""
+        if options is None or options.scale == 0:
+            return None
+        if self._energy is None or self._energy[0] != options.predictor:
+            self._energy = options.predictor, load_energy(options.predictor, self.model.config.codec == "pixels")
+        return self._energy[1].to(device)
+
+    def _share(self, t: Tensor) -> float:
+        """How much of the sampling is done at a timestep, 0..1, as the hosts count it."""
+        return 1 - float(t) / (self.scheduler.config.num_train_timesteps - 1)
+
+    def _guide(
+        self,
+        prediction: Tensor,
+        x: Tensor,
+        t: Tensor,
+        body: Tensor,
+        energy: PoseEnergy,
+        options: FieldGuidance,
+        frame: Frame,
+    ) -> Tensor:
+        """The prediction with its estimate of the clean latent moved by the field. x: the network's input."""
+        config = self.model.config
+        height, width = frame.size_model
+        kind = config.prediction_type
+        alpha = signal_share(self.scheduler.alphas_cumprod, t)
+        step = field_step(
+            energy,
+            clean_estimate(prediction, x, alpha, kind),
+            options,
+            aspect=width / height,
+            patch=config.patch if config.codec == "pixels" else None,
+            target=body,
+        )
+        return moved_prediction(prediction, step, alpha, kind)
 
     def _pose_maps(
         self, given: Tensor | Mapping[str, Tensor | None] | None, body: Tensor, frame: Frame, device: torch.device

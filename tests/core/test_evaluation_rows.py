@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from truepose_core.errors import TruePoseError
-from truepose_core.evaluation.evaluate import evaluate
+from truepose_core.evaluation.evaluate import GEOMETRY, evaluate
 from truepose_core.evaluation.metrics import COLUMNS, area_masks, masked_psnr
 from truepose_core.evaluation.pattern import pattern_score
 from truepose_core.evaluation.rows import (
@@ -108,7 +108,9 @@ def test_regions_keep_each_regions_mean_colour_and_carry_no_pattern(pairs):
 
 def test_regions_look_at_the_true_parsing_and_not_at_the_true_picture(pairs):
     target = type(pairs.target)(**{**vars(pairs.target), "image": torch.rand_like(pairs.target.image)})
-    assert torch.equal(paint_regions(PairBatch(pairs.source, target, pairs.identity)).images, paint_regions(pairs).images)
+    assert torch.equal(
+        paint_regions(PairBatch(pairs.source, target, pairs.identity)).images, paint_regions(pairs).images
+    )
 
 
 def test_warping_to_the_same_pose_gives_the_person_back(pairs):
@@ -191,7 +193,7 @@ def test_the_report_holds_what_it_says(report):
     assert [row["name"] for row in report.rows] == ["copy", "regions", "warp", "mine"]
     assert report.size == SIZE and report.pairs == 6 and report.steps == 1
     for row in report.rows:
-        assert set(row) == {"name", *COLUMNS, "seconds_per_image"}
+        assert set(row) == {"name", *COLUMNS, *GEOMETRY, "errors", "seconds_per_image"}
         assert row["seconds_per_image"] > 0
         assert 0 <= row["pattern"] <= 1
     assert report.models["mine"]["file"] == "tiny.safetensors"

@@ -118,6 +118,7 @@ def test_they_show_the_packs_nodes_and_need_no_other_pack(info: dict) -> None:
         "TruePoseLoadCAAAdapter",
         "TruePoseCAAEncode",
         "TruePoseApplyCAA",
+        "TruePoseGuideReferences",
     }
     for type_ in used - {NOTE}:
         module = info[type_]["python_module"]
@@ -157,6 +158,9 @@ def with_fixtures(prompt: dict, family: str) -> dict:
     prompt = json.loads(json.dumps(prompt))
     moved: dict[tuple[str, int], list] = {}
     stand_ins = {
+        "UNETLoader": ("TestEditor", {"family": family}),
+        "VAELoader": ("TestEditorVAE", {"family": family}),
+        "TextEncodeQwenImageEditPlus": ("TestConditioning", {}),
         "CheckpointLoaderSimple": ("TestModel", {"family": family}),
         "ControlNetLoader": ("TestControlNet", {"family": family}),
         "CLIPVisionLoader": ("TestCLIPVision", {}),
@@ -169,6 +173,8 @@ def with_fixtures(prompt: dict, family: str) -> dict:
             prompt[key] = {"class_type": name, "inputs": {"seed": int(key), **more}}
             if kind == "CheckpointLoaderSimple":
                 moved[key, 2] = [key, 1]
+        elif kind in ("CLIPLoader", "DualCLIPLoader"):
+            del prompt[key]
         elif kind == "LoraLoader":
             moved[key, 0] = inputs["model"]
             del prompt[key]
@@ -204,7 +210,8 @@ def test_it_runs_with_a_tiny_model(
     if name in PHOTO_NAMES:
         request.getfixturevalue("photo_libraries")
     save_ip_adapter(comfy.folder / "models" / "ipadapter" / IP_ADAPTER["name"], WIDTHS, CONTEXT, EMBEDDING)
-    prompt = with_fixtures(to_api(read(name), info), "SDXL" if "sdxl" in name else "SD15")
+    families = {"sdxl_training_free": "SDXL", "flux_kontext_regions": "kontext", "qwen_edit_two_people": "qwen"}
+    prompt = with_fixtures(to_api(read(name), info), families.get(name, "SD15"))
     for key, node in prompt.items():
         if node["class_type"] == "LoadImage" and "B" in read_title(name, key):
             node["inputs"]["image"] = PHOTOS[1]

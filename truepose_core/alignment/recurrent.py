@@ -13,7 +13,6 @@ as crisp as the source by construction. The composition and the network are ours
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -488,13 +487,10 @@ def body_points(body: BodyPose, aspect: float) -> Tensor:
 def align_net(path: str | None = None) -> AlignNet:
     """The alignment network that ships (or a file of `truepose train --row alignment`), float32. Raises TruePoseError
     when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import bundled_path, load_strict, read_small
+    from truepose_core.models.store import bundled_path, load_small
 
     where = bundled_path("alignment") if path is None else path
-    metadata, tensors = read_small(where, "alignment")
-    net = AlignNet(AlignConfig(**json.loads(metadata["config"])))
-    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(where))
-    return net.eval().requires_grad_(False)
+    return load_small(where, "alignment", lambda **sizes: AlignNet(AlignConfig(**sizes)))
 
 
 def describe(net: AlignNet) -> dict[str, float]:

@@ -76,7 +76,10 @@ def correspond(
         raise TruePoseError(f"there are {len(source)} source bodies and {len(target)} target bodies; expected as many")
     model = GenericBody() if model is None else model
     found = model.locate(target_maps, source, mirror)
-    grid = (2 * found[:, :2] - 1).permute(0, 2, 3, 1)
+    # `locate` answers for a frame of the target's shape; both frames are as high, and the middle is the middle.
+    (height, width), (source_height, source_width) = target_maps.size, source_maps.size
+    wider = width * source_height / (height * source_width)
+    grid = ((2 * found[:, :2] - 1) * found.new_tensor([wider, 1.0])[:, None, None]).permute(0, 2, 3, 1)
     # Nearest, not bilinear: between two parts a mean of depths is nobody's depth.
     shown = torch.cat([source_maps.depth, source_maps.mask, source_maps.normal[:, 2:]], 1)
     at = grid_sample(shown, grid, mode="nearest", padding_mode="zeros", align_corners=False)
@@ -98,9 +101,10 @@ def carry(
 ) -> Carried:
     """The source picture on the target body.
 
-    image: [B, C, h, w], a picture or features on a grid over it. parsing: the source picture's. source, target: B
-    bodies, or one target body for all. size: (height, width) of the target picture, by default the source parsing's.
-    model: the body both are drawn with (default: the generic one). mirror: see `correspond`.
+    image: [B, C, h, w], a picture or features on a grid over it. parsing: the source picture's. source, target: bodies;
+    there are B of one side and B or 1 of the other. size: (height, width) of the target picture, by default the source
+    parsing's. model: the body both are drawn with (default: the generic one), of B people or of one. mirror: see
+    `correspond`.
 
     A pixel was seen when the depth test holds and the source's parsing says that a person is there. Raises
     TruePoseError for counts that do not match or a body outside its picture.
@@ -112,14 +116,25 @@ def carry(
             f"there are {image.shape[0]} pictures, {parsing.batch} parsings and {len(source)} source bodies; expected "
             "one of each per person"
         )
-    source_maps = model.render(source, *parsing.size)
+    count = max(len(source), len(target))
+    if not {len(source), len(target)} <= {1, count}:
+        raise TruePoseError(
+            f"there are {len(source)} source bodies and {len(target)} target bodies; expected as many, or 1 of either"
+        )
+    # One source is rendered once, however many poses it is carried to.
+    source_maps = model.render(source, *parsing.size).select(_repeats(len(source), count))
+    source, target = source.select(_repeats(len(source), count)), target.select(_repeats(len(target), count))
     target_maps = model.render(target, *size)
     found = correspond(source, target, source_maps, target_maps, model, mirror)
-    masks = parsing.masks.to(image)
+    image, masks = image.expand(count, -1, -1, -1), parsing.masks.to(image).expand(count, -1, -1, -1)
     regions = found.sample(masks)
     person = regions[:, 1:].sum(1, keepdim=True)
     seen = found.seen.to(image) * (person > 0.5)
     return Carried(found.sample(image) * seen, seen, carried_parsing(found, masks, seen), found)
+
+
+def _repeats(of: int, count: int) -> Tensor:
+    return torch.arange(of).repeat(count // of)
 
 
 def carried_parsing(found: Correspondence, masks: Tensor, seen: Tensor) -> HumanParsing:

@@ -239,6 +239,9 @@ def _maps(scene: Scene, height: int, width: int) -> BodyMaps:
 
 
 _GIRTHS = (0.9, 1.0, 1.12, 1.25, 1.45, 1.7, 2.0)
+_FITTED_JOINTS = {"trunk": (0, 3, 6, 9), "arms": (16, 17, 18, 19), "legs": (1, 2, 4, 5), "hair": (12, 15)}
+_LEAST_SHOWN = 0.05
+"""Parts that take less of the body's pixels than this stay neutral: their girth would make up for that of others."""
 
 
 @torch.no_grad()
@@ -246,23 +249,30 @@ def fit_girth(body: BodyPose, silhouettes: dict[str, Tensor], rounds: int = 1) -
     """The girths whose drawn body covers its own clothes best (largest IoU).
 
     body: N people. silhouettes: "trunk" (upper and lower garment count for trunk, arms and legs), "hair": masks
-    [N, H, W] in [0, 1] of the person's clothes and hair in the picture. Ours.
+    [N, H, W] in [0, 1] of the person's clothes and hair in the picture. Parts that the picture does not show stay
+    neutral. Ours.
     """
     height, width = next(iter(silhouettes.values())).shape[-2:]
     girth = Girth.neutral(len(body), body.theta.device)
+    part = GenericBody().render(body, height, width).part.flatten(1)
+    on_body = (part >= 0).sum(1).clamp(min=1)
+    factors = girth.trunk.new_tensor(_GIRTHS)
+    # Of equals the neutral one.
+    handicap = 1e-4 * (factors != 1).to(factors)
+    # All factors of all people in one batch: a person's stand in a row.
+    row = torch.arange(len(body), device=factors.device).repeat_interleave(len(factors))
     for _ in range(rounds):
         for name in _MATERIALS:
-            truth = silhouettes["hair" if name == "hair" else "trunk"]
-            scores = []
-            for factor in _GIRTHS:
-                tried = replace(girth, **{name: torch.full_like(girth.trunk, factor)})
-                region = GenericBody(tried).render(body, height, width).region
-                drawn = (region == 2) if name == "hair" else (region == 3) | (region == 4)
-                both = (drawn * truth).flatten(1).sum(1)
-                either = torch.maximum(drawn.to(truth), truth).flatten(1).sum(1)
-                scores.append(both / either.clamp(min=1))
-            best = torch.stack(scores).argmax(0)
-            girth = replace(girth, **{name: girth.trunk.new_tensor(_GIRTHS)[best]})
+            truth = silhouettes["hair" if name == "hair" else "trunk"][row]
+            tried = replace(girth.select(row), **{name: factors.repeat(len(body))})
+            region = GenericBody(tried).render(body.select(row), height, width).region
+            drawn = (region == 2) if name == "hair" else (region == 3) | (region == 4)
+            both = (drawn * truth).flatten(1).sum(1)
+            either = torch.maximum(drawn.to(truth), truth).flatten(1).sum(1)
+            score = (both / either.clamp(min=1)).unflatten(0, (len(body), len(factors))) - handicap
+            joints = torch.tensor(_FITTED_JOINTS[name], device=part.device)
+            shown = torch.isin(part, joints).sum(1) >= _LEAST_SHOWN * on_body
+            girth = replace(girth, **{name: torch.where(shown, factors[score.argmax(1)], getattr(girth, name))})
     return girth
 
 

@@ -17,10 +17,14 @@ from truepose_core.errors import TruePoseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from truepose_core.body.person import PosedBody
+
 LEFT_OUT = "none"
 """What --pose-map NAME= says of a map that is left out."""
 TRY_ON = "leffa-sd15"
 """The family that puts the garment of SOURCE on the person of a canvas."""
+RENDERED = ("depth", "normal", "semantic_map")
+"""The maps that a body gives, so that a pose is enough."""
 DENSEPOSE = "densepose"
 """The map that is no picture but numbers, so its pixels must not mix."""
 
@@ -33,8 +37,9 @@ def add_condition_arguments(parser: argparse._ActionsContainer) -> None:
         action="extend",
         default=[],
         metavar="NAME=PICTURE",
-        help="a picture of the pose, for models that read one: depth, normal, semantic_map (champ), densepose (Leffa), "
-        f"skeleton (drawn from --pose unless given). NAME=FOLDER for several poses, NAME={LEFT_OUT} to do without one",
+        help="a picture of the pose, for models that read one: depth, normal, semantic_map (champ) and skeleton, which "
+        "are drawn from --pose or --body unless given, and densepose (Leffa). NAME=FOLDER for several poses, "
+        f"NAME={LEFT_OUT} to do without one",
     )
     parser.add_argument(
         "--canvas",
@@ -143,14 +148,16 @@ def choose_guidance(pose: float | None, source: float | None, model: ModelChoice
 class PoseMaps:
     """The pictures of --pose-map, by the pose they show.
 
-    names: of the maps that are given as pictures. left_out: of those that the model does without. poses: the stem of a
-    pose's pictures -> map -> file. one: they show a single pose, whatever it is called.
+    names: of the maps that are given as pictures. left_out: of those that the model does without. rendered: of those
+    that the pose's body is drawn as. poses: the stem of a pose's pictures -> map -> file. one: they show a single pose,
+    whatever it is called.
     """
 
     names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     poses: dict[str, dict[str, Path]] | None = None
     one: bool = False
+    rendered: tuple[str, ...] = ()
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -174,13 +181,21 @@ class PoseMaps:
             )
         return self.poses[stem]
 
-    def pipeline_maps(self, chunk: Sequence[dict[str, Path]], size: tuple[int, int]) -> dict[str, Tensor | None] | None:
-        """What the pipeline takes for a chunk of poses, at the (height, width) of the pictures; None for no maps."""
+    def pipeline_maps(
+        self, chunk: Sequence[dict[str, Path]], size: tuple[int, int], bodies: Sequence[PosedBody] = ()
+    ) -> dict[str, Tensor | None] | None:
+        """What the pipeline takes for a chunk of poses, at the (height, width) of the pictures; None for no maps.
+        bodies: those of the chunk, for maps that are rendered."""
         import torch
 
-        if not self.given:
+        if not self.given and not self.rendered:
             return None
         maps = {name: torch.cat([load_map(files[name], name, size) for files in chunk]) for name in self.names}
+        if self.rendered:
+            from truepose_core.body.pictures import CHAMP_MAPS
+
+            drawn = [body.render(*size) for body in bodies]
+            maps |= {name: torch.cat([CHAMP_MAPS[name](one) for one in drawn]) for name in self.rendered}
         return maps | dict.fromkeys(self.left_out)
 
 
@@ -192,8 +207,9 @@ def maps_read(model: ModelChoice) -> tuple[str, ...]:
     return behaviour.pose_maps + ((DENSEPOSE,) if DENSEPOSE in behaviour.channels else ())
 
 
-def choose_maps(items: Sequence[str], model: ModelChoice) -> PoseMaps:
-    """The --pose-map options, checked against what the model reads; pictures are found, not read.
+def choose_maps(items: Sequence[str], model: ModelChoice, posed: bool = False) -> PoseMaps:
+    """The --pose-map options, checked against what the model reads; pictures are found, not read. posed: whether there
+    are poses that the maps of a body can be rendered from.
 
     Raises TruePoseError for another form, a map twice, one that the model does not read, one that it needs and that is
     not given, a folder that is missing or empty, and folders that do not have the same pictures.
@@ -214,9 +230,13 @@ def choose_maps(items: Sequence[str], model: ModelChoice) -> PoseMaps:
             raise TruePoseError(f"--pose-map: {name} is given twice; for several poses give {name}=FOLDER")
         values[name] = value
     missing = [name for name in read if name not in values and name != SKELETON]
+    rendered = tuple(name for name in missing if posed and name in RENDERED)
+    missing = [name for name in missing if name not in rendered]
     if missing:
         example = " ".join(f"{name}=PICTURE" for name in missing)
         without = "" if missing == [DENSEPOSE] else f", or {missing[0]}={LEFT_OUT} to do without"
+        if set(missing) <= set(RENDERED):
+            without += "; or give --pose or --body, which they are drawn from"
         raise TruePoseError(
             f"--model {model.name} reads the pose maps {', '.join(read)}, and {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing; add --pose-map {example}{without}"
@@ -226,17 +246,17 @@ def choose_maps(items: Sequence[str], model: ModelChoice) -> PoseMaps:
         raise TruePoseError(f"every pose map is left out; --model {model.name} needs one of {', '.join(read)}")
     files = {name: Path(values[name]) for name in read if name in values and name not in left_out}
     if not files:
-        return PoseMaps(left_out=left_out)
+        return PoseMaps(left_out=left_out, rendered=rendered)
     folders = {name: path for name, path in files.items() if path.is_dir()}
     if not folders:
-        return PoseMaps(tuple(files), left_out, {next(iter(files.values())).stem: files}, one=True)
+        return PoseMaps(tuple(files), left_out, {next(iter(files.values())).stem: files}, one=True, rendered=rendered)
     single = next((name for name in files if name not in folders), None)
     if single is not None:
         raise TruePoseError(
             f"--pose-map: {next(iter(folders))} is a folder and {single} is not ({files[single]}); give folders for "
             "several poses, or a picture for each map"
         )
-    return PoseMaps(tuple(files), left_out, _same_pictures(folders))
+    return PoseMaps(tuple(files), left_out, _same_pictures(folders), rendered=rendered)
 
 
 def _same_pictures(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
@@ -268,6 +288,9 @@ def why_keypoints(model: ModelChoice, maps: PoseMaps) -> str | None:
         return "this model follows keypoints"
     if SKELETON in maps_read(model) and SKELETON not in maps.given:
         return f"this model reads a skeleton, which is drawn from it; or give --pose-map {SKELETON}=PICTURE"
+    drawn = [name for name in maps_read(model) if name in RENDERED and name not in maps.given]
+    if drawn:
+        return f"this model reads {', '.join(drawn)}, which are drawn from it; or give --pose-map {drawn[0]}=PICTURE"
     return None
 
 
@@ -278,7 +301,7 @@ def check_keypoints(args: argparse.Namespace, model: ModelChoice, maps: PoseMaps
             "--paste-back moves the pose with the photo, and --pose-map and --canvas are pictures of their own; leave "
             "it out"
         )
-    if args.pose:
+    if args.pose or args.body:
         return
     reason = why_keypoints(model, maps)
     if reason is not None:
@@ -350,9 +373,8 @@ def command_line(model: ModelChoice) -> str:
     """The command that uses a model, with what it needs and capitals for what the user fills in."""
     from truepose_core.models.config import SKELETON
 
-    maps = tuple(name for name in maps_read(model) if name != SKELETON)
+    maps = tuple(name for name in maps_read(model) if name != SKELETON and name not in RENDERED)
     words = ["truepose transfer SOURCE.png"]
-    # Alone it may lack a skeleton only where it reads other maps.
     if why_keypoints(model, PoseMaps(names=maps)) is not None:
         words.append("--pose POSE.json")
     if maps:

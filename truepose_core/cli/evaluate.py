@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from truepose_core.cli.console import (
     Console,
@@ -17,6 +17,11 @@ from truepose_core.cli.console import (
     whole,
 )
 from truepose_core.errors import TruePoseError
+
+if TYPE_CHECKING:
+    from truepose_core.evaluation.field import FieldReport
+    from truepose_core.evaluation.guidance import GuidanceReport
+    from truepose_core.evaluation.parts import PartsReport
 
 HELP = "measure the models on the fixed test split, as a table"
 DESCRIPTION = """\
@@ -31,6 +36,9 @@ equal data, budget and seed: pose, concat, HPFA, HPFA+CAA. And bundled, the mode
 
 With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels),
 pasting back, and a swapped garment with the bundled model.
+
+With --field: the pose field's distance against the true one, on noise that training never saw. With --field-guidance:
+the share of joints that lie where they should (PCK) with that field's guidance and without, and what it costs.
 """
 EPILOG = """\
 examples:
@@ -40,6 +48,8 @@ examples:
   truepose eval --rows warp body-lifted body-given surface --size 128x96 --details
   truepose eval --rows copy mine --model mine=run/weights.safetensors
   truepose eval --data mannequin --parts --pairs 64
+  truepose eval --data mannequin --field
+  truepose eval --data mannequin --field-guidance --field-scale 10 50 250
 """
 
 
@@ -53,10 +63,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 1_000_000),
         default=None,
         metavar="N",
-        help="the first N pairs (default: 512, all; with --parts 64)",
+        help="the first N pairs (default: 512, all; with --parts 64; with --field 6000 poses)",
     )
     parser.add_argument(
         "--parts", action="store_true", help="measure parsing from keypoints, retargeting, pasting back and a swap"
+    )
+    parser.add_argument(
+        "--field", action="store_true", help="measure the pose field: Spearman's correlation with the true distance"
+    )
+    parser.add_argument(
+        "--field-guidance",
+        action="store_true",
+        help="measure the pose field's guidance on easy and extreme poses (--pairs of each; default 128)",
+    )
+    parser.add_argument(
+        "--field-scale",
+        type=number(),
+        nargs="+",
+        metavar="S",
+        help="with --field-guidance: the scales to compare (default: 50)",
+    )
+    parser.add_argument(
+        "--field-mu",
+        type=number(),
+        metavar="M",
+        help="with --field-guidance: weight of the distance to the target pose (default: 20)",
     )
     parser.add_argument(
         "--rows",
@@ -125,8 +156,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_file(args.json, args.overwrite, (".json",))
     if args.sheet is not None:
         check_file(args.sheet, args.overwrite, IMAGE_SUFFIXES)
-    if args.parts:
-        return _run_parts(args, console, started)
+    chosen = [name for name in ("parts", "field", "field_guidance") if vars(args)[name]]
+    if len(chosen) > 1:
+        raise TruePoseError(f"--{chosen[0]} and --{chosen[1].replace('_', '-')} are two measurements; give one of them")
+    if (args.field_scale or args.field_mu is not None) and not args.field_guidance:
+        raise TruePoseError("--field-scale and --field-mu belong to --field-guidance; add it, or leave them out")
+    if chosen:
+        return _run_other(args, chosen[0], console, started)
     from truepose_core.evaluation.bodies import Difficulty
     from truepose_core.evaluation.evaluate import PAIRS, evaluate
 
@@ -154,20 +190,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return report.to_dict()
 
 
-def _run_parts(args: argparse.Namespace, console: Console, started: float) -> dict[str, Any]:
-    """`--parts`: no model and no picture takes part in it."""
-    for option, given in (
-        ("--rows", args.rows),
-        ("--model", args.model),
-        ("--sheet", args.sheet),
-        ("--details", args.details),
-    ):
-        if given:
-            raise TruePoseError(f"{option} belongs to the table of models; leave it out with --parts")
-    from truepose_core.evaluation.parts import evaluate_parts
+def _run_other(args: argparse.Namespace, what: str, console: Console, started: float) -> dict[str, Any]:
+    """`--parts`, `--field` and `--field-guidance`: what is not the table of models."""
+    used = {"field_guidance": ("model",)}.get(what, ())
+    for option in ("rows", "model", "sheet", "details"):
+        if vars(args)[option] and option not in used:
+            raise TruePoseError(
+                f"--{option} belongs to the table of models; leave it out with --{what.replace('_', '-')}"
+            )
     from truepose_core.images import atomic_write
 
-    report = evaluate_parts(args.pairs or 64)
+    report = {"parts": _parts, "field": _field, "field_guidance": _field_guidance}[what](args)
     if args.json is not None:
         atomic_write(args.json, report.to_json() + "\n", args.overwrite)
     console.say(report.markdown())
@@ -175,6 +208,44 @@ def _run_parts(args: argparse.Namespace, console: Console, started: float) -> di
     if args.json is not None:
         console.say(f"wrote {args.json}")
     return report.to_dict()
+
+
+def _parts(args: argparse.Namespace) -> PartsReport:
+    from truepose_core.evaluation.parts import evaluate_parts
+
+    return evaluate_parts(args.pairs or 64)
+
+
+def _field(args: argparse.Namespace) -> FieldReport:
+    from truepose_core.evaluation.field import POSES, evaluate_field
+
+    return evaluate_field(args.pairs or POSES, seed=args.seed)
+
+
+def _field_guidance(args: argparse.Namespace) -> GuidanceReport:
+    from dataclasses import replace
+
+    from truepose_core.evaluation.guidance import PAIRS, evaluate_guidance
+    from truepose_core.guidance.field import FieldGuidance
+    from truepose_core.models.store import BUNDLED
+
+    models = parse_models(args.model)
+    strange = set(models) - {BUNDLED}
+    if strange:
+        raise TruePoseError(f"--model: unknown row {min(strange)!r} for --field-guidance; expected {BUNDLED}=FILE")
+    usual = FieldGuidance() if args.field_mu is None else FieldGuidance(mu=args.field_mu)
+    options = {}
+    for scale in args.field_scale or [usual.scale]:
+        options[f"scale {scale:g}"] = replace(usual, scale=scale)
+        options[f"scale {scale:g}, field alone"] = replace(usual, scale=scale, mu=0)
+    return evaluate_guidance(
+        options,
+        args.pairs or PAIRS,
+        model=models.get(BUNDLED, BUNDLED),
+        steps=args.steps,
+        seed=args.seed,
+        device=choose_device(args.device),
+    )
 
 
 def parse_models(items: list[str]) -> dict[str, str]:
