@@ -252,8 +252,10 @@ def prior_covariance(net: LiftNet, doubt: Tensor, foreign_shape: bool = False) -
 
 def check_liftable(body: Tensor) -> None:
     """Raises TruePoseError for keypoints of another shape, NaN, or too few of them."""
-    if body.ndim != 3 or body.shape[1:] != (18, 3):
-        raise TruePoseError(f"keypoints are {tuple(body.shape)}; expected [N, 18, 3]: OpenPose's 18 body points")
+    if body.ndim != 3 or body.shape[1:] != (18, 3) or not len(body):
+        raise TruePoseError(
+            f"keypoints are {tuple(body.shape)}; expected [N, 18, 3], OpenPose's 18 body points, N at least 1"
+        )
     if not torch.isfinite(body).all():
         raise TruePoseError("keypoints hold NaN or infinite values")
     counts = (body[..., 2] > 0).sum(1)
@@ -298,6 +300,8 @@ def lift(
     if not 1 <= hypotheses <= net.sizes["hypotheses"]:
         raise TruePoseError(f"{hypotheses} bodies were asked for; expected 1 to {net.sizes['hypotheses']}")
     rotation, beta, doubt = propose(body, aspect, net)
+    if shape is not None and shape.shape != beta[:, 0].shape:
+        raise TruePoseError(f"known shapes are {tuple(shape.shape)}; expected [{len(body)}, 10], one for each person")
     found = []
     for k in range(hypotheses):
         local, beta_k, camera, error = fit_bodies(

@@ -16,15 +16,13 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
 
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.mannequin.body import axis_angle_to_matrix, chain_rotations, rest_joints
+from truepose_core.mannequin.body import SWAPPED, axis_angle_to_matrix, chain_rotations, rest_joints
 from truepose_core.mannequin.identity import Identities, sample_identities
-from truepose_core.mannequin.parts import EAR, HAIR, HEAD, HIP, LEG, SHOE, SKIN, SLEEVE, TORSO, Parts, body_parts
+from truepose_core.mannequin.parts import HAIR, HIP, LEG, SLEEVE, TORSO, Parts, body_parts
 from truepose_core.mannequin.render import Scene, paint_surface, pool_samples, tile_grid, trace
 
 MIRRORS = {"none": (1, 1), "left-right": (-1, 1), "front-back": (1, -1), "both": (-1, -1)}
 """Which look-alike of a surface point is meant: the sign of x (the other side) and of z (the other face)."""
-SWAPPED = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
-"""The joint on the other side of the body."""
 _CHUNK = 32
 
 
@@ -72,7 +70,7 @@ class BodyModel(Protocol):
         """Where the surface points of N maps are on other bodies [N]: [N, 3, H, W]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Girth:
     """How much wider than the neutral body a person is drawn, as factors on the radius of its parts: loose tops, wide
     trousers, long hair. Each is [N]; `fit_girth` reads them off a silhouette."""
@@ -97,7 +95,6 @@ class Girth:
 
 
 _MATERIALS = {"trunk": (TORSO, HIP), "arms": (SLEEVE,), "legs": (LEG,), "hair": (HAIR,)}
-_BARE = (SKIN, HEAD, EAR, SHOE)
 
 
 @lru_cache(maxsize=1)
@@ -122,7 +119,7 @@ def _widened(parts: Parts, girth: Girth) -> Parts:
     return replace(parts, radius=parts.radius * factor[..., None])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenericBody:
     """The mannequin in a neutral wardrobe. girth: of N people (or of one, for all); None is the neutral one's. people:
     N people of the mannequin world in their own clothes instead, for training and measuring."""
@@ -139,6 +136,15 @@ class GenericBody:
             parts = _widened(parts, self.girth)
         return Scene(parts, people, rest, rotation, position, body.camera)
 
+    def _check_count(self, count: int) -> None:
+        girths = count if self.girth is None else len(self.girth.trunk)
+        people = count if self.people is None else len(self.people)
+        if girths not in (1, count) or people != count:
+            what, given = ("the clothes", people) if people != count else ("the girths", girths)
+            raise TruePoseError(
+                f"the generic body is drawn with {what} of {given} people; there are {count} bodies: expected as many"
+            )
+
     def select(self, index: Tensor) -> GenericBody:
         """The bodies of the people at `index`."""
         one = self.girth is not None and len(self.girth.trunk) == 1
@@ -150,7 +156,8 @@ class GenericBody:
     @torch.no_grad()
     def render(self, body: BodyPose, height: int, width: int) -> BodyMaps:
         """The visible surface of N bodies in a frame of height x width pixels. Raises TruePoseError where a body is
-        wholly outside the frame."""
+        wholly outside the frame, and for girths or people of another count."""
+        self._check_count(len(body))
         pieces = [
             _maps(self.select(chosen)._scene(body.select(chosen)), height, width)
             for chosen in torch.arange(len(body), device=body.theta.device).split(_CHUNK)
