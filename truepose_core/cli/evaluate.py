@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(),
         nargs="+",
         metavar="S",
-        help="with --field-guidance: the scales to compare (default: 50)",
+        help="with --field-guidance: the scales to compare (default: 10)",
     )
     parser.add_argument(
         "--field-mu",

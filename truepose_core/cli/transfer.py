@@ -215,7 +215,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(),
         default=0.0,
         metavar="S",
-        help="how far each step moves the picture towards a possible pose and the one asked for; 50 is a start, "
+        help="how far each step moves the picture towards a possible pose and the one asked for; 10 is a start, "
         "0 is off (default: 0)",
     )
     field.add_argument(
