@@ -129,7 +129,7 @@ def test_mirror_and_skeleton_are_other_hypotheses(person: dict) -> None:
     few = [value if 2 <= i // 3 <= 4 else 0 for i, value in enumerate(few)]
     arm = [person["pose"][0] | {"people": [{"pose_keypoints_2d": few}]}]
     assert run(CarryAlongBody, **inputs | {"pose": arm}, method="skeleton")[1].any()
-    with pytest.raises(TruePoseError, match="3 visible keypoints in common; expected at least 5.*skeleton"):
+    with pytest.raises(TruePoseError, match=r"3 visible keypoints in common; expected at least 5.*skeleton"):
         run(CarryAlongBody, **inputs | {"pose": arm})
 
 
