@@ -307,7 +307,7 @@ def test_a_file_that_is_no_lifting_network_is_refused(tmp_path):
         torch.testing.assert_close(made.state_dict()[name], value, atol=1e-3, rtol=1e-3)
     bare = {name: x for name, x in weights.items() if name != "covariance"}
     plain = save_small(bare, tmp_path / "plain.safetensors", "lift", net.sizes, {})
-    with pytest.raises(TruePoseError, match="the weights do not fit the model. 1 missing: covariance"):
+    with pytest.raises(TruePoseError, match=r"the weights do not fit the model\. 1 missing: covariance"):
         lift_net(str(plain))
     other = save_small(weights, tmp_path / "field.safetensors", "field", net.sizes, {})
     with pytest.raises(TruePoseError, match="truepose-field; expected the weights of truepose train --row lift"):
