@@ -28,11 +28,17 @@ from torch.nn.functional import (
 
 from truepose_core.alignment.skeleton_prior import body_coordinates, region_colors
 from truepose_core.body.carry import Correspondence, carried_parsing, correspond
-from truepose_core.body.lift import lift
+from truepose_core.body.lift import keypoints_of, lift
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import MIRRORS, BodyMaps, BodyModel, GenericBody
 from truepose_core.errors import TruePoseError
-from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
+from truepose_core.mannequin.body import (
+    axis_angle_to_matrix,
+    chain_rotations,
+    matrix_to_axis_angle,
+    project,
+    rest_joints,
+)
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
 
@@ -48,7 +54,7 @@ mask; the carried parsing, its colours, and the place on the skeleton."""
 @dataclass(frozen=True)
 class AlignConfig:
     """width: channels at half the picture's size. state: channels of the ConvGRU, at a quarter. deep: at an eighth.
-    reach: longest flow residual, in picture heights."""
+    head: at full size. reach: longest flow residual, in picture heights."""
 
     width: int = 40
     state: int = 96
@@ -83,8 +89,8 @@ class Aligned:
     picture: [B, 3, H, W], about 0..1. weights: of the 4 candidates and the region colour [B, 5, H, W], summing to 1;
     gain: what each is multiplied with [B, 5, H, W]; residual: what is added in the end [B, 3, H, W]. parsing: of the
     target. grid: where geometry alone looked each pixel up in the source [B, H, W, 2] in [-1, 1]. flow:
-    what was added to it, in picture heights [B, 2, H, W]. state: the GRU's [B, S, H/4, W/4]. log_parsing: unnormalised
-    logits [B, 7, H, W].
+    what was added to it, in picture heights [B, 2, H, W]; looked_up: both together, as grid. state: the GRU's
+    [B, S, H/4, W/4]. log_parsing: unnormalised logits [B, 7, H, W].
     """
 
     picture: Tensor
@@ -94,14 +100,9 @@ class Aligned:
     parsing: HumanParsing
     grid: Tensor
     flow: Tensor
+    looked_up: Tensor
     state: Tensor
     log_parsing: Tensor
-
-    @property
-    def looked_up(self) -> Tensor:
-        """Where each pixel was looked up in the source in the end [B, H, W, 2] in [-1, 1]."""
-        height, width = self.flow.shape[-2:]
-        return self.grid + in_grid(self.flow, height, width)
 
     @property
     def seen(self) -> Tensor:
@@ -114,7 +115,7 @@ def _conv(a: int, b: int, size: int = 3) -> nn.Conv2d:
 
 
 def in_grid(flow: Tensor, height: int, width: int) -> Tensor:
-    """Shifts in picture heights [B, 2, H, W] in the units of a sampling grid [B, H, W, 2]."""
+    """Shifts in picture heights [B, 2, H, W] in the units of a grid [B, H, W, 2] over a picture of height x width."""
     return torch.stack([flow[:, 0] * (2 * height / width), flow[:, 1] * 2], -1)
 
 
@@ -190,8 +191,8 @@ class AlignNet(nn.Module):
 
         coarse = interpolate(self.coarse(a), (height, width), mode="bilinear", align_corners=False)
         flow = c.reach * coarse[:, :2].tanh() * inputs.mask
-        shift = in_grid(flow, height, width)
-        moved = grid_sample(inputs.image, inputs.grid + shift, padding_mode="border", align_corners=False)
+        looked_up = inputs.grid + in_grid(flow, *inputs.image.shape[-2:])
+        moved = grid_sample(inputs.image, looked_up, padding_mode="border", align_corners=False)
         colors = torch.cat([moved[:, None], inputs.colors[:, 1:]], 1)
 
         x = pixel_shuffle(self.widen(a), 2)
@@ -227,7 +228,7 @@ class AlignNet(nn.Module):
         every = torch.cat([colors, flat[:, None]], 1)
         picture = compose(every, weights, gain, residual)
         shown = HumanParsing(parsing.detach())
-        return Aligned(picture, weights, gain, residual, shown, inputs.grid, flow, state, log_parsing)
+        return Aligned(picture, weights, gain, residual, shown, inputs.grid, flow, looked_up, state, log_parsing)
 
 
 @torch.no_grad()
@@ -303,8 +304,6 @@ def pose_path(source: BodyPose, target: BodyPose, steps: int) -> list[BodyPose]:
 
 def pose_distance(source: BodyPose, target: BodyPose) -> Tensor:
     """Mean angle between the joints' global rotations [N], radians."""
-    from truepose_core.mannequin.body import chain_rotations, rest_joints
-
     worlds = [chain_rotations(axis_angle_to_matrix(x.theta), rest_joints(x.beta))[0] for x in (source, target)]
     trace = (worlds[0].transpose(-1, -2) @ worlds[1]).diagonal(dim1=-2, dim2=-1).sum(-1)
     return ((trace - 1) / 2).clamp(-1, 1).acos().mean(1)
@@ -338,8 +337,13 @@ def align(
     image: the source [B, 3, H, W] in [0, 1], H and W multiples of 8, with its parsing. source, target: B bodies of one
     shape each. target_body: [B, 18, 3]. steps: K, at least 1. source_maps, target_maps: renderings of the bodies at
     the picture's size, where they are there already. size: (height, width) of the target picture, by default the
-    source's. Raises TruePoseError for sides that 8 does not divide.
+    source's. Raises TruePoseError for sides that 8 does not divide, and for counts or sizes that do not match.
     """
+    if parsing.size != image.shape[-2:] or not len(image) == parsing.batch == len(source) == len(target):
+        raise TruePoseError(
+            f"the source is {tuple(image.shape)} and its parsing {tuple(parsing.masks.shape)}, with {len(source)} "
+            f"source and {len(target)} target bodies; expected one parsing of the same size and two bodies for each picture"
+        )
     height, width = image.shape[-2:] if size is None else size
     if height % 8 or width % 8:
         raise TruePoseError(f"the picture is {height}x{width}; expected sides that 8 divides")
@@ -384,7 +388,7 @@ def enlarge(
     palette, _ = region_colors(image, parsing)
     masks = large(aligned.parsing.masks)
     masks = masks / masks.sum(1, keepdim=True)
-    flow = in_grid(large(aligned.flow), *size)
+    flow = in_grid(large(aligned.flow), *image.shape[-2:])
     parts = []
     for name in CANDIDATES:
         found = correspond(source, target, source_maps, target_maps, model, name)
@@ -475,10 +479,7 @@ def _area(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def body_points(body: BodyPose, aspect: float) -> Tensor:
     """OpenPose's 18 points of bodies, [N, 18, 3] normalised. aspect: width / height of the frame."""
-    from truepose_core.mannequin.body import chain_rotations, openpose_points, project, rest_joints
-
-    rotation, position = chain_rotations(axis_angle_to_matrix(body.theta), rest_joints(body.beta))
-    points, seen = openpose_points(rotation, position, body.beta)
+    points, seen = keypoints_of(axis_angle_to_matrix(body.theta), body.beta)
     x, y = project(points, body.camera, aspect)
     return torch.stack([x, y, torch.ones_like(x)], -1) * seen[..., None]
 
