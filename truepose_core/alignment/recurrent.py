@@ -342,7 +342,8 @@ def align(
     if parsing.size != image.shape[-2:] or not len(image) == parsing.batch == len(source) == len(target):
         raise TruePoseError(
             f"the source is {tuple(image.shape)} and its parsing {tuple(parsing.masks.shape)}, with {len(source)} "
-            f"source and {len(target)} target bodies; expected one parsing of the same size and two bodies for each picture"
+            f"source and {len(target)} target bodies; expected one parsing of the same size and two bodies for each "
+            "picture"
         )
     height, width = image.shape[-2:] if size is None else size
     if height % 8 or width % 8:
