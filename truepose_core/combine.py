@@ -23,8 +23,8 @@ OUTWARDS = (Region.SKIN, Region.LOWER, Region.UPPER, Region.FACE, Region.HAIR, R
 class CombinedFeatures(SourceFeatures):
     """Features of several sources, one behind the other at every site; made by `combine_sources` (ours).
 
-    sites: [B, M1 + M2 + ..., C]. parsing, body, image, context, latent_size: those of the first
-    part. parts: the sources.
+    sites: [B, M1 + M2 + ..., C]. parsing, body, image, context, surface, latent_size: those of the first part. parts:
+    the sources.
     weights: [K, 7] in [0, 1], how much of each region is read from each part. A token's region row is scaled by its
     part's weights, so w(j) = sum_r omega_r weight_r R(j, r), and tokens of regions that are not taken are dropped.
     """
@@ -194,6 +194,7 @@ def _repeated(features: SourceFeatures, batch: int) -> SourceFeatures:
         caa=None if caa is None else RegionTokens(many(caa.tokens), many(caa.shown)),
         image=many(features.image),
         context=many(features.context),
+        surface=None if features.surface is None else features.surface.repeated(batch),
     )
 
 

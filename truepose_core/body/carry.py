@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, one_hot
 
-from truepose_core.body.pose import BodyPose
+from truepose_core.body.pose import HEIGHT, BodyPose
 from truepose_core.body.render import MIRRORS, BodyMaps, BodyModel, GenericBody
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
 
 DEPTH_TOLERANCE = 0.03
-"""How far behind the surface that the source shows a point may lie and still count as shown, in metres times the
-camera's scale (that is, about 3 % of a person's height)."""
+"""How far before or behind the surface that the source shows a point may lie and still count as shown, as a share of
+a person's height."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def correspond(
     # Nearest, not bilinear: between two parts a mean of depths is nobody's depth.
     shown = torch.cat([source_maps.depth, source_maps.mask, source_maps.normal[:, 2:]], 1)
     at = grid_sample(shown, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    near = (found[:, 2:] - at[:, :1]).abs() < DEPTH_TOLERANCE * 1.75 * source.camera[:, :1, None, None]
+    near = (found[:, 2:] - at[:, :1]).abs() < DEPTH_TOLERANCE * HEIGHT * source.camera[:, :1, None, None]
     seen = (near & (at[:, 1:2] > 0)).to(grid) * target_maps.mask
     return Correspondence(grid * target_maps.mask[:, 0, ..., None], seen, at[:, 2:].clamp(0, 1) * seen, target_maps)
 
@@ -150,12 +150,12 @@ def carried_parsing(found: Correspondence, masks: Tensor, seen: Tensor) -> Human
     person = carried[:, 1:].sum(1, keepdim=True).clamp(min=1e-6)
     whole = torch.cat([torch.zeros_like(person), carried[:, 1:] / person], 1)
     # Mean regions of each part where it was seen: [B, 25, 7]; part 0 is nobody.
-    part = (target.part + 1).clamp(min=0).flatten(1)
+    part = (target.part + 1).flatten(1)
     weight = seen.flatten(1)
     sums = masks.new_zeros((batch, 25, len(Region)))
     sums.scatter_add_(1, part[..., None].expand(-1, -1, len(Region)), (whole * seen).flatten(2).transpose(1, 2))
     counts = masks.new_zeros((batch, 25)).scatter_add_(1, part, weight)
-    own = torch.nn.functional.one_hot(target.region.clamp(min=0), len(Region)).permute(0, 3, 1, 2).to(masks)
+    own = one_hot(target.region, len(Region)).permute(0, 3, 1, 2).to(masks)
     # A handful of pixels is no evidence for a whole part.
     known = counts >= 0.15 * masks.new_zeros((batch, 25)).scatter_add_(1, part, torch.ones_like(weight)).clamp(min=4)
     mean = sums / counts.clamp(min=1e-6)[..., None]

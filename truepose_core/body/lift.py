@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from truepose_core.body.pose import BodyPose
+from truepose_core.body.pose import HEIGHT, BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin.body import (
     OPENPOSE_JOINTS,
@@ -210,7 +210,7 @@ def fit_bodies(
         of_camera = torch.stack([flat, *(points.new_tensor(v).expand_as(flat) for v in ((1.0, 0.0), (0.0, 1.0)))], -1)
         jacobian = torch.cat([moves, of_camera], -1).flatten(1, 2)
         # Keypoints are off by a share of the person's height, which the camera tells.
-        sure = (weight / (_SIGMA * 1.75 * camera[:, :1]).square()).repeat_interleave(2, 1)
+        sure = (weight / (_SIGMA * HEIGHT * camera[:, :1]).square()).repeat_interleave(2, 1)
         normal = jacobian.transpose(1, 2) @ (jacobian * sure[..., None])
         normal[:, :size, :size] += precision
         normal.diagonal(dim1=1, dim2=2).add_(1e-4)
@@ -316,7 +316,7 @@ def lift(
         found.append((matrix_to_axis_angle(local), beta_k, camera, error))
     theta, betas, camera, error = (torch.stack(x, 1) for x in zip(*found, strict=True))
     # A body whose keypoints miss by 1 % of the person's height is doubted by another tenth of a radian.
-    order = (doubt[:, :hypotheses] + 10 * error / (1.75 * camera[..., 0])).argsort(1)
+    order = (doubt[:, :hypotheses] + 10 * error / (HEIGHT * camera[..., 0])).argsort(1)
     rows = torch.arange(len(body), device=body.device)[:, None]
     theta, betas, camera, error, doubt = (x[rows, order] for x in (theta, betas, camera, error, doubt))
     bodies = [BodyPose(theta[:, k], betas[:, k], camera[:, k]) for k in range(hypotheses)]

@@ -38,10 +38,10 @@ BUNDLED_ROWS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. draw: pairs -> `Drawn` pictures on the CPU; it sees of the targets what a user
-    gives: keypoints (for "regions" and "+parsing" also the parsing, for "body-given" body parameters, for "surface" the
-    true person). size: (height, width) the model works at, None without
-    a model. about: what the report tells of the model."""
+    """A row of the table. draw: pairs -> `Drawn` pictures on the CPU; it sees of the targets what a user gives:
+    keypoints (for "regions" and "+parsing" also the parsing, for "body-given" body parameters, for "surface" the true
+    person). size: (height, width) the model works at, None without a model. about: what the report tells of the
+    model."""
 
     name: str
     draw: Callable[[PairBatch], Drawn]

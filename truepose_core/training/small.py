@@ -182,6 +182,8 @@ class SmallTrainer(ABC):
         from truepose_core.models.store import load_strict, open_tensors
 
         metadata, tensors = open_tensors(self._checkpoint)
+        if "story" not in metadata:
+            raise TruePoseError(f"{self._checkpoint} is no checkpoint of {self.kind}; use another --out folder")
         story = json.loads(metadata["story"])
         mine = json.loads(json.dumps(asdict(self.config)))
         free = {"save_every", "device"}
