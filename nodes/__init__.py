@@ -36,6 +36,7 @@ from . import (  # noqa: E402
     caa,
     cfld,
     combine,
+    control3d,
     framing,
     human_parsing,
     mannequin,
@@ -66,6 +67,7 @@ class TruePoseExtension(ComfyExtension):
             attention,
             framing,
             combine,
+            control3d,
         )
         nodes = [node for module in modules for node in module.NODES]
         for node in nodes:

@@ -642,12 +642,8 @@ class HPFAPatch:
         self, executor: Callable, model: object, conds: list, x: Tensor, timestep: Tensor, options: dict
     ) -> list:
         """The `CALC_COND_BATCH` wrapper: a prompt for an area sees a crop of the latent. Remember which crop."""
-        entries = [entry for cond in conds if cond is not None for entry in cond]
-        areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
-        if areas and (self.caas or any(a.matches for a in self.applied)):
-            inner = dict(options.get("transformer_options", {}))
-            inner[AREAS] = (tuple(x.shape[2:]), areas)
-            options = {**options, "transformer_options": inner}
+        if self.caas or any(a.matches for a in self.applied):
+            options = with_areas(conds, x, options)
         return executor(model, conds, x, timestep, options)
 
     def on_prepare(
@@ -666,6 +662,16 @@ class HPFAPatch:
         """The `ON_CLEANUP` callback, at the end of every run, failed ones included."""
         for applied in (*self.applied, *self.caas):
             applied.release()
+
+
+def with_areas(conds: list, x: Tensor, options: dict) -> dict:
+    """Model options that remember which crop of the latents x each prompt for an area sees; as they are without any."""
+    entries = [entry for cond in conds if cond is not None for entry in cond]
+    areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
+    if not areas:
+        return options
+    inner = {**options.get("transformer_options", {}), AREAS: (tuple(x.shape[2:]), areas)}
+    return {**options, "transformer_options": inner}
 
 
 def _clip_area(area: Sequence[int], size: Sequence[int]) -> Area:
@@ -789,7 +795,7 @@ class PosePatch:
         """The `DIFFUSION_MODEL` wrapper."""
         options = {} if transformer_options is None else transformer_options
         if options.get(GUIDANCE) != NOTHING:
-            options = {**options, "patches": _with_patches(options, {"input_block_patch": [self._add]})}
+            options = {**options, "patches": with_patches(options, {"input_block_patch": [self._add]})}
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def _add(self, h: Tensor, options: dict) -> Tensor:
@@ -958,7 +964,7 @@ class _Call:
             more["attn2_output_patch"] = [_TargetCross(self, {s: module for s, (_, module) in blocks.items()})]
         if any(a.aligned is not None for a in self.active):
             more["input_block_patch"] = [self._after_first]
-        options["patches"] = _with_patches(options, more)
+        options["patches"] = with_patches(options, more)
         return options
 
     def read_sources(self, timesteps: Tensor | None) -> None:
@@ -1237,7 +1243,7 @@ class _TargetCross:
         return torch.cat(parts)
 
 
-def _with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
+def with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
     """New lists of patches: those in the options, and ours behind them."""
     patches = dict(options.get("patches", {}))
     for name, ours in more.items():

@@ -17,6 +17,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from truepose_core.alignment.control3d import framed_body, target_bodies
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
@@ -216,6 +218,9 @@ class TruePosePipeline(DiffusionPipeline):
         canvas: Tensor | None = None,
         mask: Tensor | None = None,
         source_once: bool = False,
+        target_pose: BodyPose | None = None,
+        source_pose: BodyPose | None = None,
+        control_strength: float = 1.0,
     ) -> TransferOutput:
         """Show the source person in the target poses.
 
@@ -235,6 +240,9 @@ class TruePosePipeline(DiffusionPipeline):
         canvas, mask: for models that fill a mask: the picture [B, 3, height, width] in [0, 1] to keep outside of it,
             and where to make the picture, [B, 1, height, width]. Without them all of it is made.
         source_once: read the source at the middle step only, where the model reads it anew at every step.
+        target_pose, source_pose: for models with 3D guidance, the bodies [B or 1] and [S] on the output picture and on
+            the source, where they are known; else they are lifted from the keypoints. control_strength >= 0: a factor
+            on what that guidance adds.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
 
@@ -243,7 +251,7 @@ class TruePosePipeline(DiffusionPipeline):
         model = self.model
         device = self._execution_device
         # Parts that are no component of the pipeline: offloading leaves them behind.
-        for part in (model.hpfa, model.aligned_encoder, model.controlnet):
+        for part in (model.hpfa, model.aligned_encoder, model.controlnet, model.control3d):
             if part is not None:
                 part.to(device)
         features = source if isinstance(source, SourceFeatures) else None
@@ -261,6 +269,8 @@ class TruePosePipeline(DiffusionPipeline):
         if guidance_rescale is None:
             guidance_rescale = behaviour.guidance_rescale * guidance_source
         self._check_call(features, target_body, num_inference_steps, guidance_pose, guidance_source, strength)
+        if not 0 <= control_strength < float("inf"):
+            raise TruePoseError(f"control_strength is {control_strength}; expected a number of at least 0")
 
         frame = self.frame((height, width))
         batch = target_body.shape[0]
@@ -291,6 +301,18 @@ class TruePosePipeline(DiffusionPipeline):
             strength=strength,
         )
         alone = model.target_pass(shape[-2:], None)
+        posed = alone
+        if model.control3d is not None:
+            people = self._target_pose(features, body, frame, target_pose, source_pose)
+            omega = None if region_weights is None else region_weights.to(device)
+            seen = features if full.source is not None else None
+            control = [
+                model.control_tokens(who, body, shape[-2:], people, omega=omega, strength=control_strength)
+                for who in (None, seen)
+            ]
+            posed, full = replace(alone, control=control[0]), replace(full, control=control[1])
+        elif target_pose is not None or source_pose is not None or control_strength != 1:
+            raise TruePoseError("this model has no 3D guidance; leave target_pose, source_pose, control_strength out")
         aligned = model.encode_aligned(features, body, region_weights) if strength > 0 else None
         if aligned is not None:
             aligned = tuple(strength * x for x in aligned)
@@ -309,11 +331,11 @@ class TruePosePipeline(DiffusionPipeline):
                 if full.source is not None and behaviour.keeps_latent and (i == 0 or not source_once):
                     read_at = middle if source_once else t
                     if factors[0] != 0 or factors[1] != 0:
-                        alone = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
+                        alone = posed = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
                     full = replace(full, source=model.source_at(features, read_at), kv={})
                 calls = (
                     (alone, None, without, None, no_channels),
-                    (alone, pose, without, None, channels),
+                    (posed, pose, without, None, channels),
                     (full, pose, with_context, aligned, channels),
                 )
                 x = self.scheduler.scale_model_input(latents, t).to(model.dtype)
@@ -337,6 +359,21 @@ class TruePosePipeline(DiffusionPipeline):
                 f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
             )
         return TransferOutput(frame.restore(images), features)
+
+    def _target_pose(
+        self,
+        features: SourceFeatures,
+        keypoints: Tensor,
+        frame: Frame,
+        target: BodyPose | None,
+        source: BodyPose | None,
+    ) -> BodyPose | None:
+        """The targets' bodies in the model's canvas, for a model whose 3D guidance reads them."""
+        if self.model.config.control3d.query != "body":
+            return None
+        height, width = frame.size_model
+        given = None if target is None else framed_body(target, frame).to(keypoints.device)
+        return target_bodies(keypoints, width / height, features.body, given=given, source=source)
 
     def _pose_maps(
         self, given: Tensor | Mapping[str, Tensor | None] | None, body: Tensor, frame: Frame, device: torch.device

@@ -4,7 +4,8 @@ The camera is orthographic, so a body part whose bones are mirrored in depth, Z 
 keypoints. A part with the global rotations R gets the proper rotations Z R N instead, N a mirror that leaves the
 part's bones at rest where they are; in its own joints' axis-angle vectors that is a change of signs. Ours.
 
-* an arm (bones along x, N = diag(1, -1, 1)) goes before the trunk or behind it, about its shoulder; the elbow bends as it did;
+* an arm (bones along x, N = diag(1, -1, 1)) goes before the trunk or behind it, about its shoulder, and its elbow bends
+  as it did;
 * the whole body (all bones but the feet in the plane z = 0, N = Z) turns to the other side. Knees and elbows then bend
   the other way, and its face points would tell; they are left out.
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .body import BodyPoses, chain_rotations, axis_angle_to_matrix, matrix_to_axis_angle, rest_joints
+from .body import BodyPoses, axis_angle_to_matrix, chain_rotations, matrix_to_axis_angle, rest_joints
 from .identity import as_indices, uniform
 
 __all__ = ["ARMS", "FACE_POINTS", "TWINS", "ambiguous_poses", "hide_faces", "mirror_arm", "mirror_body"]
@@ -58,7 +59,9 @@ def hide_faces(keypoints: Tensor, faceless: Tensor) -> Tensor:
     return keypoints * ~(faceless.to(keypoints.device)[:, None] & hidden)[..., None]
 
 
-def ambiguous_poses(poses: BodyPoses, indices: Sequence[int] | Tensor, seed: int, share: float) -> tuple[BodyPoses, Tensor]:
+def ambiguous_poses(
+    poses: BodyPoses, indices: Sequence[int] | Tensor, seed: int, share: float
+) -> tuple[BodyPoses, Tensor]:
     """Poses of which `share` get a kind of `TWINS`, and whose face points have to go [N] bool: those of "none" and
     "body", so that the face does not tell which of the two it is. A pure function of (seed, index)."""
     u = uniform(as_indices(indices), seed, _STREAM, 2)

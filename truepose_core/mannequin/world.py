@@ -59,8 +59,8 @@ def render_people(
 ) -> Rendering:
     """People [N] in K poses each, as one Rendering of N * K; row i * K + k is person i, pose k.
 
-    Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1. ambiguous: share of the
-    poses, 0 to 1, whose keypoints do not tell their depth (see `twins`).
+    Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1. ambiguous: share of
+    the poses, 0 to 1, whose keypoints do not tell their depth (see `twins`).
 
     Raises:
         TruePoseError: for an unknown split or fewer than 1 pose per person.
