@@ -206,8 +206,8 @@ class Control3DSite(nn.Module):
 
 
 def control_attention(q: Tensor, k: Tensor, v: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
-    """factor softmax(q k^T / sqrt(D) + bias) v: [B, H, N, D]. k, v: [B, H, K, D]; factor: [B]; bias: [B, H, N, K], 1s in
-    the middle."""
+    """factor softmax(q k^T / sqrt(D) + bias) v: [B, H, N, D]. k, v: [B, H, K, D]; factor: [B]; bias: [B, H, N, K], or 1
+    for any of these, or None."""
     return factor[:, None, None, None] * scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
