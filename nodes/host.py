@@ -32,7 +32,6 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, merge_nested_dicts
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
-from truepose_core.alignment.skeleton_prior import body_coordinates
 from truepose_core.attention.caa import RegionTokens, caa_attention
 from truepose_core.attention.hpfa import (
     SourceTokens,
@@ -41,6 +40,7 @@ from truepose_core.attention.hpfa import (
     kept_tokens,
     match_channels,
 )
+from truepose_core.body.places import places_of
 from truepose_core.combine import CombinedFeatures
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
@@ -353,6 +353,7 @@ def read_source(
     timestep: int = 0,
     nothing: HostFeatures | None = None,
     anew: bool = False,
+    match: str = "surface",
 ) -> HostFeatures:
     """Read the source person once: the normed hidden state in front of every self-attention.
 
@@ -361,7 +362,8 @@ def read_source(
     caa: the region tokens, which travel on; cross: the same for each site of this model, which reads them.
     image: kept for models that carry the source along the skeleton. timestep: at which SourceNet reads. nothing: the
     same of a latent of zeros, for models whose unconditional rows read that. anew: whether the source shall be read
-    again at every step, which needs a SourceNet that is another net than TargetNet.
+    again at every step, which needs a SourceNet that is another net than TargetNet. match: what places on the body are,
+    as in `TruePoseConfig`.
     """
     unet = unet_of(model, "the model")
     channels = model.model.latent_format.latent_channels
@@ -387,8 +389,18 @@ def read_source(
         scaled = model.model.process_latent_in(latent) if bool(latent.any()) else latent
         again = SourceReader(bare, scaled, conditioning, cross)
     size = (latent.shape[2], latent.shape[3])
+    places = places_of(match, body, size[1] / size[0])
     return HostFeatures(
-        family_of(model), recorder.sites, size, parsing, body, caa, image, nothing=nothing, reader=again
+        family_of(model),
+        recorder.sites,
+        size,
+        parsing,
+        body,
+        caa,
+        image,
+        surface=places,
+        nothing=nothing,
+        reader=again,
     )
 
 
@@ -1043,8 +1055,10 @@ class _Call:
         return self._rows_for(applied, "regions", grid, chunks)
 
     def target_places(self, applied: AppliedSource, grid: tuple[int, int], chunks: list[int]) -> Tensor | None:
-        """Body coordinates for these chunks: [rows, N, 3], or None."""
+        """Places on the body for these chunks: [rows, N, 3 or 4], or None."""
         if not applied.has_gamma or applied.target_body is None or applied.source.body is None:
+            return None
+        if applied.source.target_coordinates(applied.target_body, 1, 1, self.size[1] / self.size[0]) is None:
             return None
         return self._rows_for(applied, "body", grid, chunks)
 
@@ -1067,7 +1081,7 @@ class _Call:
 
         def rows(height: int, width: int) -> Tensor:
             if what == "body":
-                return body_coordinates(applied.target_body, height, width, aspect)
+                return applied.source.target_coordinates(applied.target_body, height, width, aspect)
             return applied.target.tokens(height, width)
 
         if area is None:

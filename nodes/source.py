@@ -215,6 +215,7 @@ class SourceNetEncode(io.ComfyNode):
             timestep=adapter.source_timestep,
             nothing=nothing,
             anew=again,
+            match=adapter.config.match,
         )
         return io.NodeOutput(source)
 

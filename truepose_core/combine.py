@@ -41,10 +41,15 @@ class CombinedFeatures(SourceFeatures):
         return self._rows[key]
 
     def coordinates(self, site: str) -> Tensor | None:
-        """Each part's, on its own body: [B, M1 + M2 + ..., 3]; None unless every part has keypoints."""
+        """Each part's, on its own body: [B, M1 + M2 + ..., 3 or 4]; None unless every part has keypoints."""
         places = [p.coordinates(site) for p in self.parts]
         if any(x is None for x in places):
             return None
+        if len({x.shape[-1] for x in places}) > 1:
+            raise TruePoseError(
+                "one source goes by its body's surface and another by its skeleton; give all of them poses that show "
+                "enough of the person, or none"
+            )
         return torch.cat([x.expand(self.batch, -1, -1) for x in places], 1)
 
     def token_weights(self, site: str, omega: Tensor | None) -> Tensor:
@@ -156,6 +161,7 @@ def combine_sources(
         _region_tokens([p.caa for p in parts], table, batch),
         first.image,
         first.context,
+        surface=first.surface,
         parts=(first, *parts[1:]),
         weights=table,
     )

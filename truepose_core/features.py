@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior, warp
 from truepose_core.attention.caa import RegionTokens
 from truepose_core.attention.hpfa import region_rows_weight
+from truepose_core.body.places import SurfacePlaces
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 
@@ -56,6 +59,7 @@ class SourceFeatures:
     the model also reads the source carried to the target pose; else None.
     context: what cross-attention reads, [B, T, c], where that is an embedding of the source picture; else None.
     latent: the source's [B, C, h, w], where SourceNet runs during sampling (`sites` is then empty); else None.
+    surface: the source people's bodies, where places and priors go by the body's surface; None: by the skeleton.
     """
 
     family: str
@@ -67,8 +71,9 @@ class SourceFeatures:
     image: Tensor | None = None
     context: Tensor | None = None
     latent: Tensor | None = None
+    surface: SurfacePlaces | None = None
     # Not an argument, so that `dataclasses.replace` never carries rows of another parsing along.
-    _rows: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict, repr=False)
+    _rows: dict[tuple[str, Any], Any] = field(init=False, default_factory=dict, repr=False)
 
     def grid(self, site: str) -> tuple[int, int]:
         """(rows, columns) of a site's tokens."""
@@ -83,15 +88,36 @@ class SourceFeatures:
         return self._rows[key]
 
     def coordinates(self, site: str) -> Tensor | None:
-        """Body coordinates (see `body_coordinates`): [B, M, 3], or None without keypoints."""
+        """Places on the body of a site's tokens: [B, M, 3] on the skeleton (see `body_coordinates`) or [B, M, 4] on the
+        surface (`body.places`); None without keypoints."""
         if self.body is None:
             return None
         h, w = self.grid(site)
         key = ("body", h * w)
         if key not in self._rows:
             aspect = self.latent_size[1] / self.latent_size[0]
-            self._rows[key] = body_coordinates(self.body, h, w, aspect)
+            if self.surface is None:
+                self._rows[key] = body_coordinates(self.body, h, w, aspect)
+            else:
+                self._rows[key] = self.surface.tokens(self.surface.bodies, h, w, aspect).to(self.body)
         return self._rows[key]
+
+    def bodies_in(self, target_body: Tensor, aspect: float) -> BodyPose | None:
+        """The source people in the poses of keypoints [T, 18, 3], lifted once; None where they go by the skeleton."""
+        if self.surface is None:
+            return None
+        key = ("pose", (round(aspect, 6), target_body.detach().cpu().numpy().tobytes()))
+        if key not in self._rows:
+            self._rows[key] = self.surface.target(target_body, aspect)
+        return self._rows[key]
+
+    def target_coordinates(self, target_body: Tensor, height: int, width: int, aspect: float) -> Tensor | None:
+        """Places on the body of a height x width grid over the target pictures, as `coordinates` has them for the
+        source: [T, height * width, 3 or 4]. None where the source goes by the surface and the pose shows too little."""
+        if self.surface is None:
+            return body_coordinates(target_body, height, width, aspect)
+        bodies = self.bodies_in(target_body, aspect)
+        return None if bodies is None else self.surface.tokens(bodies, height, width, aspect).to(target_body)
 
     def token_weights(self, site: str, omega: Tensor | None) -> Tensor | None:
         """w(j) of a site's tokens, [B, M] in [0, 1], by the region weights omega [7]; None where all are 1."""
@@ -100,14 +126,18 @@ class SourceFeatures:
         return region_rows_weight(self.regions(site), omega)
 
     def prior(self, target_body: Tensor, height: int, width: int) -> HumanParsing | None:
-        """The parsing carried along the skeleton to the target poses [T, 18, 3]: P [max(S, T), 7, height, width].
+        """The parsing carried to the target poses [T, 18, 3], along the body's surface or along the skeleton:
+        P [max(S, T), 7, height, width].
 
         S sources serve T poses, T / S each in a row, or one pose serves all sources. None without keypoints.
         """
         if self.body is None:
             return None
-        masks, body, target_body = _paired(target_body, self.parsing.masks, self.body)
-        return region_prior(HumanParsing(masks), body, target_body, height, width)
+        masks, body, poses = _paired(target_body, self.parsing.masks, self.body)
+        bodies = self.bodies_in(poses, width / height)
+        if bodies is None:
+            return region_prior(HumanParsing(masks), body, poses, height, width)
+        return self.surface.carry_parsing(self.parsing, bodies, (height, width)).to(masks.device)
 
     def carried(self, target_body: Tensor, omega: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The source picture carried to the target poses, and how certain each pixel is: ([max(S, T), 3, H, W] in
@@ -149,4 +179,6 @@ class SourceFeatures:
         image = None if self.image is None else self.image.to(device=device)
         context, latent = (None if x is None else x.to(device=device, dtype=dtype) for x in (self.context, self.latent))
         parsing = self.parsing.to(device)
-        return SourceFeatures(self.family, sites, self.latent_size, parsing, body, caa, image, context, latent)
+        return SourceFeatures(
+            self.family, sites, self.latent_size, parsing, body, caa, image, context, latent, self.surface
+        )

@@ -274,6 +274,8 @@ def test_targets_take_their_sources_shape():
     assert torch.allclose(known.beta, PAIRS.source.beta, atol=1e-5)
     both = target_bodies(keypoints[:2], aspect, PAIRS.source.keypoints[:1])
     assert torch.equal(both.beta[0], both.beta[1])
+    unseen = target_bodies(keypoints, aspect, PAIRS.source.keypoints * 0)
+    assert torch.equal(unseen.theta, target_bodies(keypoints, aspect).theta)
     with pytest.raises(TruePoseError, match="2 target bodies and 3 target poses"):
         target_bodies(keypoints, aspect, given=given.select([0, 1]))
     with pytest.raises(TruePoseError, match="visible body keypoints"):

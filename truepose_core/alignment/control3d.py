@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from truepose_core.attention.hpfa import SHUT
-from truepose_core.body.lift import lift, rotation_of_six, six_of_rotation
+from truepose_core.body.lift import FEWEST, lift, rotation_of_six, six_of_rotation
 from truepose_core.body.pose import JOINTS, SHAPE, BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.framing import Frame
@@ -324,7 +324,7 @@ def target_bodies(
     source: BodyPose | None = None,
 ) -> BodyPose:
     """The targets' bodies [B], for both hosts: as given (one for all, or B), else lifted from keypoints [B, 18, 3] with
-    their source's shape: that of `source` where it is given, else one that fits its keypoints [S, 18, 3] too.
+    their source's shape: that of `source` where it is given, else as lifted from its keypoints [S, 18, 3], or their own.
 
     aspect: width / height of the pictures, source and target. Raises TruePoseError for counts that do not match, and as
     `body.lift.lift`.
@@ -334,16 +334,17 @@ def target_bodies(
         if count % len(given):
             raise TruePoseError(f"there are {len(given)} target bodies and {count} target poses; expected 1 or {count}")
         return given.repeat(count // len(given))
-    keypoints = keypoints.float()
-    if source is not None:
-        if count % len(source):
-            raise TruePoseError(f"there are {len(source)} source bodies and {count} target poses; expected a divisor")
-        shape = source.beta.to(keypoints).repeat_interleave(count // len(source), 0)
-        return lift(keypoints, aspect, shape=shape).bodies
-    if source_keypoints is None:
+    # A source of whom next to nothing is seen says nothing of its shape.
+    if source is None and source_keypoints is not None and is_liftable(source_keypoints):
+        source = lift(source_keypoints, aspect).bodies
+    if source is None:
         return lift(keypoints, aspect).bodies
-    sources = len(source_keypoints)
-    who = torch.arange(sources, device=keypoints.device)
-    people = torch.cat([who, who.repeat_interleave(count // sources)])
-    both = lift(torch.cat([source_keypoints.to(keypoints), keypoints]), aspect, people=people).bodies
-    return both.select(torch.arange(sources, sources + count, device=keypoints.device))
+    if count % len(source):
+        raise TruePoseError(f"there are {len(source)} source bodies and {count} target poses; expected a divisor")
+    shape = source.beta.to(keypoints).repeat_interleave(count // len(source), 0)
+    return lift(keypoints, aspect, shape=shape).bodies
+
+
+def is_liftable(keypoints: Tensor) -> bool:
+    """Whether each of these people [N, 18, 3] shows enough for a body to be lifted."""
+    return int((keypoints[..., 2] > 0).sum(1).min()) >= FEWEST

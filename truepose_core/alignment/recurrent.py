@@ -261,9 +261,7 @@ def step_inputs(
         1,
     )
     colors = torch.stack([part[:, :3] for part in parts], 1)
-    return AlignInputs(
-        maps, colors, torch.stack(seens, 1), palette, prior, first.grid, target_maps.mask, image
-    ), first
+    return AlignInputs(maps, colors, torch.stack(seens, 1), palette, prior, first.grid, target_maps.mask, image), first
 
 
 def pose_path(source: BodyPose, target: BodyPose, steps: int) -> list[BodyPose]:

@@ -36,7 +36,8 @@ class SourceTokens:
     k, v: [B or 1, H, M, D], projected by the target's own weights.
     regions: [B or 1, M, 7], region rows R(j), or None when neither beta nor lambda is used.
     log_w: [B or 1, M], log of the region weight, or None for all ones.
-    body: [B or 1, M, 3], body coordinates (x, y, on the body 0..1), or None.
+    body: [B or 1, M, 3 or 4], place on the body (x, y on the skeleton or x, y, z on the surface, and on the body 0..1),
+    or None.
     """
 
     k: Tensor
@@ -103,7 +104,8 @@ def match_channels(
     """The spare channels: (query part [B, H, N, C], key part [B or 1, 1, M, C]), or None when none is needed.
 
     q: [B, H, N, D], for sizes and type only. target_regions P: [B, N, 7]. beta, gamma: number or [H], >= 0.
-    region_log_weight lambda: [H, 7]. target_body: [B, N, 3]. scale: the kernel's own factor s, by default
+    region_log_weight lambda: [H, 7]. target_body: [B, N, 3 or 4], as
+    wide as the source's. scale: the kernel's own factor s, by default
     1/sqrt(D). The product of the two parts, times s, is everything that is added to <q, k>.
     C is 8 without body match and 16 with it, so D + C stays a multiple of 8 where D is.
     """
@@ -129,9 +131,14 @@ def match_channels(
         keys.append(source.log_w.to(q)[:, None, :, None])
     if with_body:
         g = _per_head(gamma, like)
-        ci, ui = target_body.to(q)[:, None, :, :2], target_body.to(q)[:, None, :, 2:]
-        cj, uj = source.body.to(q)[:, None, :, :2], source.body.to(q)[:, None, :, 2:]
-        # -g u_i u_j |c_i - c_j|^2, written as an inner product of four channels.
+        if target_body.shape[-1] != source.body.shape[-1]:
+            raise TruePoseError(
+                f"places on the target's body have {target_body.shape[-1]} numbers and the source's "
+                f"{source.body.shape[-1]}; expected both on the skeleton (3) or both on the surface (4)"
+            )
+        ci, ui = target_body.to(q)[:, None, :, :-1], target_body.to(q)[:, None, :, -1:]
+        cj, uj = source.body.to(q)[:, None, :, :-1], source.body.to(q)[:, None, :, -1:]
+        # -g u_i u_j |c_i - c_j|^2, written as an inner product of four channels (five on the surface).
         queries += [2 * g * ui * ci, -g * ui * ci.square().sum(-1, keepdim=True), -g * ui]
         keys += [uj * cj, uj, uj * cj.square().sum(-1, keepdim=True)]
     query = torch.cat([x.expand(b, h, n, -1) for x in queries], -1) / s
@@ -220,8 +227,8 @@ def hpfa_attention_masked(
             bias = bias + (region_log_weight.to(q)[None, :, None, :] @ rows.mT)
     if source.body is not None and target_body is not None:
         ti, sj = target_body.to(q), source.body.to(q)
-        distance = (ti[:, :, None, :2] - sj[:, None, :, :2]).square().sum(-1)
-        on_body = ti[:, :, None, 2] * sj[:, None, :, 2]
+        distance = (ti[:, :, None, :-1] - sj[:, None, :, :-1]).square().sum(-1)
+        on_body = ti[:, :, None, -1] * sj[:, None, :, -1]
         bias = bias - _per_head(gamma, q.new_zeros(())) * (on_body * distance)[:, None]
     bias = torch.cat([q.new_zeros((b, h, n, k.shape[2])), bias], -1)
     k = torch.cat([k, source.k.to(k).expand(b, -1, -1, -1)], 2)

@@ -102,15 +102,15 @@ def carry(
     bodies, or one target body for all. size: (height, width) of the target picture, by default the source parsing's.
     model: the body both are drawn with (default: the generic one). mirror: see `correspond`.
 
-    A pixel was seen when the depth test holds and the source's parsing says that a person is there. Raises TruePoseError
-    for counts that do not match or a body outside its picture.
+    A pixel was seen when the depth test holds and the source's parsing says that a person is there. Raises
+    TruePoseError for counts that do not match or a body outside its picture.
     """
     model = GenericBody() if model is None else model
     size = parsing.size if size is None else size
     if len(source) != image.shape[0] or parsing.batch != image.shape[0]:
         raise TruePoseError(
-            f"there are {image.shape[0]} pictures, {parsing.batch} parsings and {len(source)} source bodies; expected one "
-            "of each per person"
+            f"there are {image.shape[0]} pictures, {parsing.batch} parsings and {len(source)} source bodies; expected "
+            "one of each per person"
         )
     source_maps = model.render(source, *parsing.size)
     target_maps = model.render(target, *size)

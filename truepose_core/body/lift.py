@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin.body import (
+    OPENPOSE_JOINTS,
+    PARENTS,
+    axis_angle_to_matrix,
     chain_rotations,
     matrix_to_axis_angle,
     openpose_points,
@@ -29,7 +32,7 @@ HYPOTHESES = 3
 WIDTH, DEPTH = 512, 3
 FEWEST = 5
 """Keypoints that have to be there before a body can be lifted."""
-FIT_STEPS = 60
+FIT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class LiftNet(nn.Module):
             layers += [nn.Linear(54 if i == 0 else width, width), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(width, hypotheses * (24 * 6 + 10) + hypotheses)
+        # How far its bodies usually are from the truth (`training.lift.calibrate`): rotations of the joints about their
+        # own axes and shape, [82, 82], and the mean doubt that goes with it, radians.
+        self.covariance = torch.diag(torch.cat([torch.full((72,), 0.04), torch.full((10,), 0.5)]))
+        self.usual_doubt = 0.2
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = self.head(self.trunk(points))
@@ -118,8 +125,37 @@ def _in_heights(body: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
     return (body[..., :2] - 0.5) * body.new_tensor([aspect, 1.0]), (body[..., 2] > 0).to(body)
 
 
-# Arms and legs follow the keypoints further than the trunk does: its keypoints say little about the spine.
-_PRIOR = 2.0
+def _ancestors() -> Tensor:
+    """[24, 24]: 1 where the second joint's rotation moves what is fixed to the first."""
+    moved = torch.zeros(24, 24)
+    for joint in range(24):
+        above = joint
+        while above >= 0:
+            moved[joint, above] = 1
+            above = PARENTS[above]
+    return moved
+
+
+_ANCESTORS = _ancestors()
+# What each of the 19 points is fixed to: OpenPose's 18 with two shoulders in the neck's place.
+_HOLDERS = [15, 16, 17, *OPENPOSE_JOINTS, 15, 15, 15, 15]
+
+
+def _jacobian(world: Tensor, position: Tensor, points: Tensor) -> Tensor:
+    """How the 18 points [N, 18, 3] move with small rotations of the joints about their own axes: [N, 18, 3, 72]."""
+    # The neck lies between two shoulders: each has its own lever.
+    points = torch.cat([points[:, :1], position[:, 16:18], points[:, 2:]], 1)
+    arm = points[:, :, None] - position[:, None]
+    # A rotation about the joint's own axis e at o moves p by (R e) x (p - o).
+    axes = world.transpose(-1, -2)[:, None].expand(-1, points.shape[1], -1, -1, -1)
+    moves = torch.linalg.cross(axes, arm[..., None, :].expand_as(axes))
+    moves = moves * _ANCESTORS[_HOLDERS].to(moves)[None, :, :, None, None]
+    moves = moves.flatten(2, 3).transpose(-1, -2)
+    return torch.cat([moves[:, :1], moves[:, 1:3].mean(1, keepdim=True), moves[:, 3:]], 1)
+
+
+_SIGMA = 0.002
+"""How far keypoints are off, in units of a person's height: what the fit weighs against the prior."""
 
 
 def fit_bodies(
@@ -128,58 +164,71 @@ def fit_bodies(
     body: Tensor,
     aspect: float,
     *,
+    covariance: Tensor,
     steps: int = FIT_STEPS,
-    people: Tensor | None = None,
     shape: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Move bodies until their keypoints lie on the given ones.
+    """The likeliest bodies, given where the keypoints are and what is thought of the bodies beforehand.
 
-    rotation [N, 24, 3, 3], beta [N, 10]: where to start, also the prior. body: keypoints [N, 18, 3]. aspect: width /
-    height. people: [N] numbers; rows of one number are one person and keep one shape. shape: known shapes [N, 10], which
-    stay as they are. Returns rotation, beta, camera
-    [N, 3], and the root mean square distance that is left [N], in frame heights. Adam on the rotations' first two
-    columns; squared distances of keypoints in units of the person's own height.
+    rotation [N, 24, 3, 3], beta [N, 10]: the prior's mean, where the fit starts. covariance: the prior's, [82, 82] or
+    [N, 82, 82]: joint rotations about their own axes (72, radians) and shape (10). body: keypoints [N, 18, 3]. aspect:
+    width / height. shape: known shapes [N, 10], which stay as they are. steps: of Gauss-Newton, damped.
+
+    Returns rotation, beta, camera [N, 3], and the root mean square distance that is left [N], in frame heights.
     """
     xy, weight = _in_heights(body, aspect)
-    people = torch.arange(len(body), device=body.device) if people is None else people
-    who, place = torch.unique(people, return_inverse=True)
-    share = torch.zeros(len(who), len(body), device=body.device, dtype=body.dtype)
-    share[place, torch.arange(len(body))] = 1
-    start = (share @ (beta if shape is None else shape)) / share.sum(1, keepdim=True)
-    known = shape is not None
-    six0 = six_of_rotation(rotation).detach()
-    with torch.inference_mode(False), torch.enable_grad():
-        # Inputs may be inference tensors (ComfyUI runs nodes so); autograd wants ordinary ones.
-        xy, weight, six0, start, rotation = (x.clone() for x in (xy, weight, six0, start, rotation))
-        six = six0.clone().requires_grad_()
-        shape = start.clone().requires_grad_(not known)
-        groups = [{"params": [six], "lr": 0.04}] + ([] if known else [{"params": [shape], "lr": 0.05}])
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
-        for step in range(steps):
-            for group, rate in zip(optimizer.param_groups, (0.04, 0.05), strict=False):
-                group["lr"] = rate * min(1.0, 1.25 * (1 - step / steps) + 0.02)
-            local = rotation_of_six(six)
-            points, _ = keypoints_of(local, shape[place])
+    count = len(body)
+    cov = covariance.to(rotation).expand(count, -1, -1)
+    if shape is not None:
+        cov, beta = cov[:, :72, :72], shape.to(rotation)
+    size = cov.shape[-1]
+    precision = torch.linalg.inv(cov + 1e-6 * torch.eye(size).to(cov))
+    local, start = rotation.clone(), beta.clone()
+    shift = rotation.new_zeros(count, size)
+    camera = rotation.new_zeros(count, 3)
+    for step in range(steps + 1):
+        world, position = chain_rotations(local, rest_joints(beta))
+        points, _ = openpose_points(world, position, beta)
+        if step == 0:
             camera = solve_camera(points, xy, weight)
-            flat = points[..., :2] * points.new_tensor([1.0, -1.0])
-            off = camera[:, None, :1] * flat + camera[:, None, 1:] - xy
-            # In units of the person: a metre and three quarters times the camera's scale.
-            off = off / (1.75 * camera[:, None, :1].detach())
-            miss = (off.square().sum(-1) * weight).sum(1)
-            stay = (local - rotation).square().sum((1, 2, 3))
-            loss = 4000 * miss.sum() + _PRIOR * stay.sum() + 0.3 * (shape - start).square().sum() + 0.05 * shape.square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        local = rotation_of_six(six.detach())
-        beta = shape.detach()[place]
-        points, _ = keypoints_of(local, beta)
-        camera = solve_camera(points, xy, weight)
         flat = points[..., :2] * points.new_tensor([1.0, -1.0])
-        off = camera[:, None, :1] * flat + camera[:, None, 1:] - xy
-        error = ((off.square().sum(-1) * weight).sum(1) / weight.sum(1).clamp(min=1)).sqrt()
+        scale = camera[:, None, :1]
+        miss = scale * flat + camera[:, None, 1:] - xy
+        if step == steps:
+            break
+        parts = [_jacobian(world, position, points)]
+        if shape is None:
+            parts.append(_shape_jacobian(local, beta, points))
+        moves = torch.cat(parts, -1)[:, :, :2] * points.new_tensor([1.0, -1.0])[:, None] * scale[..., None]
+        of_camera = torch.stack([flat, *(points.new_tensor(v).expand_as(flat) for v in ((1.0, 0.0), (0.0, 1.0)))], -1)
+        jacobian = torch.cat([moves, of_camera], -1).flatten(1, 2)
+        # Keypoints are off by a share of the person's height, which the camera tells.
+        sure = (weight / (_SIGMA * 1.75 * camera[:, :1]).square()).repeat_interleave(2, 1)
+        normal = jacobian.transpose(1, 2) @ (jacobian * sure[..., None])
+        normal[:, :size, :size] += precision
+        normal.diagonal(dim1=1, dim2=2).add_(1e-4)
+        pull = (jacobian.transpose(1, 2) @ (miss.flatten(1) * sure)[..., None])[..., 0]
+        pull[:, :size] += (precision @ shift[..., None])[..., 0]
+        change = -torch.linalg.solve(normal, pull)
+        # A step of more than half a radian is further than its straight line holds.
+        longest = change[:, :72].unflatten(1, (24, 3)).norm(dim=-1).amax(1, keepdim=True)
+        change = change * (0.5 / longest.clamp(min=0.5))
+        shift = shift + change[:, :size]
+        local = rotation @ axis_angle_to_matrix(shift[:, :72].unflatten(1, (24, 3)))
+        if shape is None:
+            beta = (start + shift[:, 72:]).clamp(-3, 3)
+        camera = camera + change[:, size:]
+        camera = torch.cat([camera[:, :1].clamp(min=1e-3), camera[:, 1:]], 1)
+    error = ((miss.square().sum(-1) * weight).sum(1) / weight.sum(1).clamp(min=1)).sqrt()
     return local, beta, camera, error
+
+
+def _shape_jacobian(local: Tensor, beta: Tensor, points: Tensor) -> Tensor:
+    """How the 18 points [N, 18, 3] move with the shape numbers: [N, 18, 3, 10], by differences (nearly linear)."""
+    step = 0.05
+    other = (beta[:, None] + step * torch.eye(10).to(beta)).flatten(0, 1)
+    moved, _ = keypoints_of(local.repeat_interleave(10, 0), other)
+    return ((moved.unflatten(0, (len(beta), 10)) - points[:, None]) / step).permute(0, 2, 3, 1)
 
 
 def check_liftable(body: Tensor) -> None:
@@ -191,8 +240,8 @@ def check_liftable(body: Tensor) -> None:
     counts = (body[..., 2] > 0).sum(1)
     if int(counts.min()) < FEWEST:
         raise TruePoseError(
-            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} to "
-            "lift a body. Use the skeleton instead, or give keypoints of more of the person"
+            f"person {int(counts.argmin())} has {int(counts.min())} visible body keypoints; expected at least {FEWEST} "
+            "to lift a body. Use the skeleton instead, or give keypoints of more of the person"
         )
 
 
@@ -215,35 +264,41 @@ def lift(
     *,
     steps: int = FIT_STEPS,
     hypotheses: int = 1,
-    people: Tensor | None = None,
     shape: Tensor | None = None,
     net: LiftNet | None = None,
 ) -> Lifted:
     """The bodies that stand behind keypoints.
 
     body: [N, 18, 3] normalised (0 confidence is missing). aspect: width / height of the picture. steps: of the fit
-    (0: the network alone). hypotheses: how many bodies to fit for each person, at least 1; the one whose keypoints fit
-    best, weighed with how likely it is, comes first. people: [N]; rows of one number are one person (a source and its
-    targets) and share their shape. shape: [N, 10] where the people are known already: a target takes its source's.
+    (0: the network alone). hypotheses: how many bodies to fit for each person; the one that is least doubtful and whose
+    keypoints fit best comes first. shape: [N, 10] where the people are known already: a target takes its source's.
 
     Raises TruePoseError for keypoints of another shape, NaN, fewer than `FEWEST` visible ones, or wrong counts.
     """
-    most = (net or lift_net()).sizes["hypotheses"]
-    if not 1 <= hypotheses <= most:
-        raise TruePoseError(f"{hypotheses} bodies were asked for; expected 1 to {most}")
+    net = lift_net().to(body.device) if net is None else net
+    if not 1 <= hypotheses <= net.sizes["hypotheses"]:
+        raise TruePoseError(f"{hypotheses} bodies were asked for; expected 1 to {net.sizes['hypotheses']}")
     rotation, beta, doubt = propose(body, aspect, net)
+    # What is uncertain beforehand may move further.
+    spread = (doubt / net.usual_doubt).square()
     found = []
     for k in range(hypotheses):
         local, beta_k, camera, error = fit_bodies(
-            rotation[:, k], beta[:, k], body.float(), aspect, steps=steps, people=people, shape=shape
+            rotation[:, k],
+            beta[:, k],
+            body.float(),
+            aspect,
+            covariance=net.covariance.to(body.device) * spread[:, k, None, None],
+            steps=steps,
+            shape=shape,
         )
         found.append((matrix_to_axis_angle(local), beta_k, camera, error))
-    theta, shape, camera, error = (torch.stack(x, 1) for x in zip(*found, strict=True))
+    theta, betas, camera, error = (torch.stack(x, 1) for x in zip(*found, strict=True))
     # A body whose keypoints miss by 1 % of the person's height is doubted by another tenth of a radian.
     order = (doubt[:, :hypotheses] + 10 * error / (1.75 * camera[..., 0])).argsort(1)
     rows = torch.arange(len(body), device=body.device)[:, None]
-    theta, shape, camera, error, doubt = (x[rows, order] for x in (theta, shape, camera, error, doubt))
-    bodies = [BodyPose(theta[:, k], shape[:, k], camera[:, k]) for k in range(hypotheses)]
+    theta, betas, camera, error, doubt = (x[rows, order] for x in (theta, betas, camera, error, doubt))
+    bodies = [BodyPose(theta[:, k], betas[:, k], camera[:, k]) for k in range(hypotheses)]
     return Lifted(bodies[0], tuple(bodies[1:]), doubt, error[:, 0])
 
 
@@ -261,6 +316,14 @@ def lift_net(path: str | None = None) -> LiftNet:
     from truepose_core.models.store import load_strict, read_small
 
     metadata, tensors = read_small(path or net_path(), "lift")
-    net = LiftNet(**json.loads(metadata["config"]))
-    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(path or net_path()))
-    return net.eval().requires_grad_(False)
+    # Weights made inside inference mode (ComfyUI's nodes) could never take part in a gradient.
+    with torch.inference_mode(False):
+        net = LiftNet(**json.loads(metadata["config"]))
+        found = {name: x.float() for name, x in tensors.items()}
+        if "covariance" not in found or "usual_doubt" not in found:
+            raise TruePoseError(
+                f"{path or net_path()} has no calibration; train it again with truepose train --row lift"
+            )
+        net.covariance, net.usual_doubt = found.pop("covariance"), found.pop("usual_doubt").item()
+        load_strict(net, found, str(path or net_path()))
+        return net.eval().requires_grad_(False)

@@ -61,8 +61,9 @@ class BodyPose:
         scale, shift = self.camera[:, 0], self.camera[:, 1:].abs().max().item()
         if scale.min() <= 0 or scale.max() > _FAR or shift > _FAR:
             raise TruePoseError(
-                f"the camera of a body has a scale of {scale.min().item():g} to {scale.max().item():g} and shifts up to "
-                f"{shift:g}; expected a scale above 0 and at most {_FAR:g} and shifts within {_FAR:g}, in frame heights"
+                f"the camera of a body has a scale of {scale.min().item():g} to {scale.max().item():g} and shifts up "
+                f"to {shift:g}; expected a scale above 0 and at most {_FAR:g} and shifts within {_FAR:g}, in frame "
+                "heights"
             )
 
     def __len__(self) -> int:

@@ -203,8 +203,8 @@ def check_visible(maps: BodyMaps) -> None:
     empty = (maps.mask.flatten(1).sum(1) == 0).nonzero().flatten().tolist()
     if empty:
         raise TruePoseError(
-            f"body {empty[0]} of {len(maps)} is outside the picture or smaller than a pixel; check its camera (scale and "
-            "shifts are in picture heights) and that pose and picture belong together"
+            f"body {empty[0]} of {len(maps)} is outside the picture or smaller than a pixel; check its camera (scale "
+            "and shifts are in picture heights) and that pose and picture belong together"
         )
 
 

@@ -2,8 +2,8 @@
 
 Every target comes twice: as it is, and mirrored in depth so that its keypoints stay where they are
 (`mannequin.twins`): an arm before the trunk or behind it, or the whole body turned to the other side with its face
-points missing. In the disputed pixels, where the two true pictures differ, a result is closer to the one or to the
-other. What knows the keypoints alone makes one picture for both and is right in half of all, whatever it makes; how
+points missing. In the disputed pixels, where the two true pictures show two places of the body, in two colours, a
+result is closer to the one or to the other. What knows the keypoints alone makes one picture for both and is right in half of all, whatever it makes; how
 often it is right on the targets as they are tells what it takes for usual.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from truepose_core.alignment.control3d import target_bodies
 from truepose_core.body.pose import BodyPose
-from truepose_core.body.render import GenericBody
+from truepose_core.body.render import BodyMaps, GenericBody
 from truepose_core.errors import TruePoseError
 from truepose_core.evaluation.split import TEST_SEED
 from truepose_core.mannequin import (
@@ -41,6 +41,9 @@ from truepose_core.parsing import HumanParsing
 KINDS = ("arm", "turn")
 COLOUR = 0.15
 """Two colours differ where any channel does by more than this."""
+APART = 0.12
+"""Metres on the body at rest, from which on two places are two: an arm and the trunk, chest and back, one leg and the
+other. A garment's pattern that moves with a turned body is not disputed."""
 LEAST = 0.006
 """Share of the picture that has to be disputed for a pair to count: 18 pixels of 64x48."""
 PAIRS = 128
@@ -52,7 +55,7 @@ _MOST = 40
 @dataclass(frozen=True, eq=False)
 class TwinPairs:
     """N people: a source, and a target in two depths, `first` as the world poses it. keypoints: [N, 18, 3], of both.
-    disputed: [N, H, W] bool, pixels that are on both bodies and differ. people: the people. index: their numbers."""
+    disputed: [N, H, W] bool, pixels that are on both bodies and show other places in other colours. people: the people. index: their numbers."""
 
     source: Rendering
     first: Rendering
@@ -93,7 +96,9 @@ def _of_people(kind: str, index: Tensor, size: tuple[int, int]) -> TwinPairs:
     theta = poses.theta
     tried = [mirror_body(theta)] if kind == "turn" else [mirror_arm(theta, side) for side in ARMS]
     made = [render(people, BodyPoses(theta, poses.camera), *size, camera=first.camera) for theta in tried]
-    disputes = torch.stack([_disputed(first, other) for other in made])
+    maps = [GenericBody(people=people).render(_bodies(x), *size) for x in (first, *made)]
+    pairs = zip(made, maps[1:], strict=True)
+    disputes = torch.stack([_disputed(first, maps[0], other, shown) for other, shown in pairs])
     best = disputes.flatten(2).sum(2).argmax(0)
     rows = torch.arange(len(index))
     second = Rendering(**{name: torch.stack([getattr(x, name) for x in made])[best, rows] for name in vars(first)})
@@ -106,9 +111,10 @@ def _of_people(kind: str, index: Tensor, size: tuple[int, int]) -> TwinPairs:
     return TwinPairs(*parts, keypoints[kept], disputed[kept], people.select(kept), index[kept])
 
 
-def _disputed(a: Rendering, b: Rendering) -> Tensor:
-    on_both = (a.parsing[:, 0] < 0.5) & (b.parsing[:, 0] < 0.5)
-    return ((a.image - b.image).abs().amax(1) > COLOUR) & on_both
+def _disputed(a: Rendering, on_a: BodyMaps, b: Rendering, on_b: BodyMaps) -> Tensor:
+    on_both = (a.parsing[:, 0] < 0.5) & (b.parsing[:, 0] < 0.5) & (on_a.mask[:, 0] > 0) & (on_b.mask[:, 0] > 0)
+    apart = (on_a.rest - on_b.rest).norm(dim=1) > APART
+    return ((a.image - b.image).abs().amax(1) > COLOUR) & apart & on_both
 
 
 def _first(found: list[TwinPairs], count: int) -> TwinPairs:

@@ -356,7 +356,7 @@ _FACE_POINTS = (
     ((-0.104, 0.1, 0.003), (-1.0, 0.0, 0.0), -0.35),
     ((0.104, 0.1, 0.003), (1.0, 0.0, 0.0), -0.35),
 )
-_OPENPOSE_JOINTS = [17, 19, 21, 16, 18, 20, 2, 5, 8, 1, 4, 7]
+OPENPOSE_JOINTS = [17, 19, 21, 16, 18, 20, 2, 5, 8, 1, 4, 7]
 
 
 def openpose_points(rotation: Tensor, position: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -369,7 +369,7 @@ def openpose_points(rotation: Tensor, position: Tensor, beta: Tensor) -> tuple[T
     places = position.new_tensor([place for place, _, _ in _FACE_POINTS])
     face = position[:, 15, None] + (head[..., None] * places) @ turn.transpose(-1, -2)
     neck = (position[:, 16:17] + position[:, 17:18]) / 2
-    points = torch.cat([face[:, :1], neck, position[:, _OPENPOSE_JOINTS], face[:, 1:]], 1)
+    points = torch.cat([face[:, :1], neck, position[:, OPENPOSE_JOINTS], face[:, 1:]], 1)
     normals = position.new_tensor([normal for _, normal, _ in _FACE_POINTS])
     least = position.new_tensor([limit for _, _, limit in _FACE_POINTS])
     facing = turn[:, 2] @ normals.T > least

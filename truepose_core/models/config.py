@@ -10,6 +10,7 @@ from truepose_core.alignment.control3d import Control3DConfig
 from truepose_core.errors import TruePoseError
 
 FUSIONS = ("none", "concat", "hpfa")
+MATCHES = ("skeleton", "surface")
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
 SKELETON = "skeleton"
 CHANNELS = {"mask": 1, "masked latent": 4, "densepose": 3}
@@ -99,7 +100,8 @@ class TruePoseConfig:
 
     codec: "pixels" (space to depth with `patch`, no VAE) or "vae". fusion: "none" (pose only), "concat"
     (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
-    training; 0 is plain concatenation. aligned (x0 prediction only): TargetNet also sees the source carried along the
+    training; 0 is plain concatenation. match: what places on the body are, "skeleton" (on limb lines) or "surface" (of
+    a body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried along the
     skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training
     images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword arguments of diffusers' AutoencoderKL
     where the file brings its own VAE. behaviour: how the nets are run. control3d: relative depth guidance, or None.
@@ -119,6 +121,7 @@ class TruePoseConfig:
     beta: float = 0.0
     gamma: float = 0.0
     aligned: bool = False
+    match: str = "skeleton"
     vae: dict[str, Any] | None = None
     behaviour: Behaviour = Behaviour()
     control3d: Control3DConfig | None = None
@@ -135,6 +138,8 @@ class TruePoseConfig:
             raise TruePoseError(
                 f"prediction type is {self.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}"
             )
+        if self.match not in MATCHES:
+            raise TruePoseError(f"match is {self.match!r}; expected one of {', '.join(MATCHES)}")
         if self.aligned and self.prediction_type != "sample":
             raise TruePoseError(
                 f"aligned predicts what to change in a picture, which prediction type {self.prediction_type!r} is not; "

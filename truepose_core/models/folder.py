@@ -103,6 +103,7 @@ def _config(unet: Any, codec: VAECodec, scheduler: Any) -> TruePoseConfig:
         scheduler={k: scheduler.config[k] for k in schedule if k in scheduler.config},
         size=(side * codec.patch, side * codec.patch),
         beta=TRAINING_FREE_BETA,
+        match="surface",
     )
 
 

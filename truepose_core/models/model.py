@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from truepose_core.alignment.control3d import Control3D, ControlTokens
-from truepose_core.alignment.skeleton_prior import body_coordinates
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
+from truepose_core.body.places import places_of
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
@@ -274,6 +274,7 @@ class TruePoseModel(nn.Module):
             image if self.config.aligned else None,
             self._context(context, latent) if behaviour.context == "image" else None,
             latent if behaviour.keeps_latent else None,
+            places_of(self.config.match, body, image.shape[-1] / image.shape[-2]),
         )
         if self.config.fusion == "none" or behaviour.source_timestep == "step":
             return features
@@ -353,7 +354,9 @@ class TruePoseModel(nn.Module):
                 if parsing is not None:
                     prior[n] = parsing.tokens(h, w)
                 if target_body is not None:
-                    body[n] = body_coordinates(target_body, h, w, aspect)
+                    places = source.target_coordinates(target_body, h, w, aspect)
+                    if places is not None:
+                        body[n] = places
         caa = source.caa
         if caa is not None:
             if target_body is not None and target_body.shape[0] != caa.tokens.shape[0]:

@@ -115,7 +115,10 @@ class AlignPool:
         noise = noise * (torch.rand((len(who), 1, 1), generator=generator) < 0.5)
         shift = noise * torch.randn((len(who), 18, 2), generator=generator) * torch.tensor([c.height / c.width, 1.0])
         points[..., :2] += shift * (points[..., 2:] > 0)
-        lifted = lift(points, c.width / c.height, people=who, net=self.net).bodies
+        aspect = c.width / c.height
+        # As at inference: a target takes its source's shape, here that of the person's first pose.
+        first = lift(points[:: c.poses], aspect, net=self.net).bodies
+        lifted = lift(points, aspect, shape=first.beta.repeat_interleave(c.poses, 0), net=self.net).bodies
         true = BodyPose(made.theta, made.beta, made.camera)
         persons = sample_identities(people, split_seed("train", c.seed)).select(who)
         shape = (c.refill, c.poses)
@@ -134,9 +137,7 @@ class AlignPool:
     def _body(self, name: str, index: tuple[Tensor, Tensor]) -> tuple[BodyPose, BodyMaps]:
         t = {key.split(".")[1]: value[index] for key, value in self.tensors.items() if key.startswith(f"{name}.")}
         mask = (t["part"] >= 0).float()[:, None]
-        maps = BodyMaps(
-            t["rest"].float(), t["part"].long(), t["normal"].float(), t["depth"], mask, t["region"].long()
-        )
+        maps = BodyMaps(t["rest"].float(), t["part"].long(), t["normal"].float(), t["depth"], mask, t["region"].long())
         return BodyPose(t["theta"], t["beta"], t["camera"]), maps
 
     def batch(self, generator: torch.Generator) -> AlignBatch:

@@ -13,6 +13,7 @@ from truepose_core.body.lift import DEPTH, HYPOTHESES, WIDTH, LiftNet, normalise
 from truepose_core.mannequin.body import (
     axis_angle_to_matrix,
     chain_rotations,
+    matrix_to_axis_angle,
     openpose_points,
     project,
     rest_joints,
@@ -107,8 +108,8 @@ def world_rotations(local: Tensor) -> Tensor:
 
 
 class LiftTrainer(SmallTrainer):
-    """The first body learns from every sample, the others from those that they are nearest to (multiple choice learning,
-    Guzman-Rivera et al. 2012); the doubts learn each body's mean joint angle error."""
+    """The first body learns from every sample, the others from those that they are nearest to (multiple choice
+    learning, Guzman-Rivera et al. 2012); the doubts learn each body's mean joint angle error."""
 
     kind = "lift"
     config: LiftConfig
@@ -119,6 +120,10 @@ class LiftTrainer(SmallTrainer):
 
     def describe(self) -> dict[str, Any]:
         return dict(self.net.sizes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        covariance, doubt = calibrate(self.average.eval(), seed=self.config.seed)
+        return {**super().tensors(), "covariance": covariance, "usual_doubt": torch.tensor([doubt])}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         c = self.config
@@ -134,9 +139,22 @@ class LiftTrainer(SmallTrainer):
         return loss, {"first": far[:, 0].mean().item(), "best": best.mean().item(), "angle": angle[:, 0].mean().item()}
 
 
+def calibrate(net: LiftNet, people: int = 20_000, seed: int = 0) -> tuple[Tensor, float]:
+    """How far the likeliest bodies are from the truth, on new poses of the training world without noise: the mean outer
+    product [82, 82] of (rotation of each joint about its own axis, shape), and the mean doubt, radians."""
+    batch = draw_bodies(torch.arange(10**9, 10**9 + people), split_seed("train", seed), None)
+    with torch.no_grad():
+        local, beta, doubt = net(normalise(batch.points, ASPECT))
+        which = doubt.argmin(1)
+        rows = torch.arange(people)
+        turn = matrix_to_axis_angle(local[rows, which].transpose(-1, -2) @ batch.local)
+        off = torch.cat([turn.flatten(1), batch.beta - beta[rows, which]], 1)
+        return off.T @ off / people, doubt[rows, which].mean().item()
+
+
 def angle_errors(net: LiftNet, people: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Mean angle between true and lifted global rotations on test people, degrees: of the first body, the likeliest, the
-    best of all, and the likeliest one's root; beside them the mean doubt, which should be the likeliest's error."""
+    """Mean angle between true and lifted global rotations on test people, degrees: of the first body, the likeliest,
+    the best of all, and the likeliest one's root; beside them the mean doubt, which should be the likeliest's error."""
     batch = draw_bodies(torch.arange(people), split_seed("test", seed), None)
     with torch.no_grad():
         local, _, doubt = net(normalise(batch.points, ASPECT))

@@ -74,6 +74,10 @@ class SmallTrainer(ABC):
     def describe(self) -> dict[str, Any]:
         """The network's own configuration, as JSON values."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file of weights holds: the averaged ones."""
+        return self.average.state_dict()
+
     def generator(self, step: int) -> torch.Generator:
         """The random numbers of a step."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
@@ -81,7 +85,9 @@ class SmallTrainer(ABC):
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0."""
         c = self.config
-        return c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup)) * 0.5 * (1 + math.cos(math.pi * step / c.steps))
+        return (
+            c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup)) * 0.5 * (1 + math.cos(math.pi * step / c.steps))
+        )
 
     @property
     def _checkpoint(self) -> Path:
@@ -106,7 +112,11 @@ class SmallTrainer(ABC):
                 bar.update()
                 if self.step % max(1, c.save_every // 5) == 0 or self.step == c.steps:
                     means = {name: round(value / since, 6) for name, value in sums.items()}
-                    print(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means}), file=log, flush=True)
+                    print(
+                        json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means}),
+                        file=log,
+                        flush=True,
+                    )
                     bar.set_postfix(means)
                     sums, since = {}, 0
                 if self.step % c.save_every == 0:
@@ -148,7 +158,7 @@ class SmallTrainer(ABC):
         from truepose_core.models.store import save_small
 
         story = {**asdict(self.config), "steps_done": self.step, "seconds": round(self.seconds)}
-        return save_small(self.average.state_dict(), path, self.kind, self.describe(), story)
+        return save_small(self.tensors(), path, self.kind, self.describe(), story)
 
     def save(self) -> None:
         """Write a checkpoint from which a trainer of the same settings continues to the same state."""
@@ -160,7 +170,9 @@ class SmallTrainer(ABC):
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(x) for key, x in values.items()}
         story = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-        data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"story": json.dumps(story)})
+        data = save(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"story": json.dumps(story)}
+        )
         atomic_write(self._checkpoint, data, overwrite=True)
 
     def _resume(self) -> None:
@@ -179,7 +191,8 @@ class SmallTrainer(ABC):
         ]
         if other:
             raise TruePoseError(
-                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out folder"
+                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out "
+                "folder"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:

@@ -108,6 +108,7 @@ def config_of(
         family=family,
         unet=unet,
         fusion="concat",
+        match="surface",
         pose_widths=widths,
         prediction_type="v_prediction",
         scheduler=dict(SCHEDULER),

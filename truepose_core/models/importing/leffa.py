@@ -73,6 +73,7 @@ class Leffa:
             family="leffa-sdxl" if wide else "leffa-sd15",
             unet=nets[GENERATIVE],
             fusion="concat",
+            match="surface",
             prediction_type="epsilon",
             scheduler={
                 **SD_SCHEDULE,
