@@ -324,7 +324,7 @@ def target_bodies(
     source: BodyPose | None = None,
 ) -> BodyPose:
     """The targets' bodies [B], for both hosts: as given (one for all, or B), else lifted from keypoints [B, 18, 3] with
-    their source's shape: that of `source` where it is given, else as lifted from its keypoints [S, 18, 3], or their own.
+    their source's shape: that of `source` where it is given, else as lifted from its keypoints [S, 18, 3], else theirs.
 
     aspect: width / height of the pictures, source and target. Raises TruePoseError for counts that do not match, and as
     `body.lift.lift`.

@@ -25,6 +25,10 @@ Rows without a network: copy (the source as it is), regions (the source's mean c
 parsing), warp (the source moved along the skeleton). Learned rows of equal data, budget and seed: pose, concat, HPFA,
 HPFA+CAA. And bundled, the model that ships.
 
+With --depth-order: who is in front where keypoints do not say, on targets that come in two depths; the models of the
+relative depth guidance's ablation. Their rows in the table: depth-base, depth-decoupled, depth-2d, depth-3d (its
+bodies lifted from keypoints), depth-3d-given (true bodies), depth-3d-found, depth-3d-found-given.
+
 With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels),
 pasting back, and a swapped garment with the bundled model.
 """
@@ -35,6 +39,7 @@ examples:
   truepose eval --rows copy warp HPFA+CAA --steps 20
   truepose eval --rows copy mine --model mine=run/weights.safetensors
   truepose eval --data mannequin --parts --pairs 64
+  truepose eval --data mannequin --depth-order --steps 2
 """
 
 
@@ -48,10 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 1_000_000),
         default=None,
         metavar="N",
-        help="the first N pairs (default: 512, all; with --parts 64)",
+        help="the first N pairs (default: 512, all; with --parts 64, with --depth-order 128)",
     )
     parser.add_argument(
         "--parts", action="store_true", help="measure parsing from keypoints, retargeting, pasting back and a swap"
+    )
+    parser.add_argument(
+        "--depth-order", action="store_true", help="measure who is in front, on targets that differ in depth alone"
     )
     parser.add_argument(
         "--rows",
@@ -89,6 +97,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_file(args.json, args.overwrite, (".json",))
     if args.sheet is not None:
         check_file(args.sheet, args.overwrite, IMAGE_SUFFIXES)
+    if args.depth_order:
+        return _run_depth_order(args, console, started, models)
     if args.parts:
         return _run_parts(args, console, started)
     from truepose_core.evaluation.evaluate import PAIRS, evaluate
@@ -123,6 +133,32 @@ def _run_parts(args: argparse.Namespace, console: Console, started: float) -> di
     from truepose_core.images import atomic_write
 
     report = evaluate_parts(args.pairs or 64)
+    if args.json is not None:
+        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
+    console.say(report.markdown())
+    console.say(f"{time.perf_counter() - started:.1f} s in all")
+    if args.json is not None:
+        console.say(f"wrote {args.json}")
+    return report.to_dict()
+
+
+def _run_depth_order(
+    args: argparse.Namespace, console: Console, started: float, models: dict[str, str]
+) -> dict[str, Any]:
+    """`--depth-order`: its own targets, and the models of the ablation."""
+    for option, given in (
+        ("--rows", args.rows),
+        ("--parts", args.parts),
+        ("--sheet", args.sheet),
+        ("--details", args.details),
+    ):
+        if given:
+            raise TruePoseError(f"{option} does not go with --depth-order; leave it out")
+    from truepose_core.evaluation.depth_order import PAIRS, evaluate_depth_order
+    from truepose_core.images import atomic_write
+
+    device = choose_device(args.device)
+    report = evaluate_depth_order(args.pairs or PAIRS, steps=args.steps, seed=args.seed, models=models, device=device)
     if args.json is not None:
         atomic_write(args.json, report.to_json() + "\n", args.overwrite)
     console.say(report.markdown())

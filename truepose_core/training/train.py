@@ -132,8 +132,9 @@ ROWS = {
     "depth-3d-found": lambda: _depth_row(Control3DConfig(keep_query=False, scale=DEPTH_SCALE)),
 }
 """The four learned rows of the evaluation table, the bundled model, and the ablation of relative depth guidance: plain
-concatenation, with the source carried along the skeleton; + a decoupled attention to the lifted source; + asked by the target's keypoints (the 2D prior); asked by
-its body, with L_HPL; and the last without what asks in the tokens, as the published formula has them."""
+concatenation, with the source carried along the skeleton; + a decoupled attention to the lifted source; + asked by the
+target's keypoints (the 2D prior); asked by its body, with L_HPL; and the last without what asks in the tokens, as the
+published formula has them."""
 DEPTH_SCALE = 0.5
 """lambda at the start: from 0 it takes longer to grow than these short runs last."""
 
