@@ -38,9 +38,9 @@ from truepose_core.errors import TruePoseError
 from truepose_core.framing import Frame
 from truepose_core.mannequin.body import axis_angle_to_matrix, forward_kinematics, rest_joints
 
-PLACE_REACH, SHAPE_REACH, CAMERA_REACH = 2.0, 5.0, 4.0
-"""How far joints (frame heights from the frame's middle, and in depth from the pelvis), shape numbers and camera may
-go before the Fourier embedding holds them there."""
+PLACE_REACH, DEPTH_REACH, SHAPE_REACH, CAMERA_REACH = 1.0, 0.5, 5.0, 4.0
+"""How far joints (frame heights from the frame's middle; in depth from the pelvis), shape numbers and camera may go
+before the Fourier embedding holds them there. A short reach makes small differences large."""
 
 
 QUERIES = ("source", "keypoints", "body")
@@ -61,7 +61,7 @@ class Control3DConfig:
     query: str = "body"
     keep_query: bool = True
     width: int = 96
-    frequencies: int = 6
+    frequencies: int = 4
     scale: float = 0.0
 
     def __post_init__(self) -> None:
@@ -95,11 +95,12 @@ def body_numbers(body: BodyPose, frequencies: int) -> tuple[Tensor, Tensor]:
     axes, the place x, y and depth in frame heights; whole [N, 26 frequencies]: shape and camera)."""
     rotation, position = forward_kinematics(body.theta, rest_joints(body.beta))
     place = position * body.camera[:, None, :1]
-    shift = torch.stack([body.camera[:, 1], -body.camera[:, 2], torch.zeros_like(body.camera[:, 1])], -1)
+    shift = body.camera[:, 1:] * body.camera.new_tensor([1.0, -1.0])
     joints = torch.cat(
         [
             fourier(six_of_rotation(rotation), frequencies),
-            fourier(place + shift[:, None], frequencies, PLACE_REACH),
+            fourier(place[..., :2] + shift[:, None], frequencies, PLACE_REACH),
+            fourier(place[..., 2:], frequencies, DEPTH_REACH),
         ],
         -1,
     )

@@ -5,6 +5,9 @@ Every target comes twice: as it is, and mirrored in depth so that its keypoints 
 points missing. In the disputed pixels, where the two true pictures show two places of the body, in two colours, a
 result is closer to the one or to the other. What knows the keypoints alone makes one picture for both and is right in
 half of all, whatever it makes; how often it is right on the targets as they are tells what it takes for usual.
+
+"told apart" asks less: of the two results of a pair, whether each is closer to its own truth than the other result is,
+all four distances taken together. A picture that is too blurred to be near to either may still change in the right way.
 """
 
 from __future__ import annotations
@@ -140,6 +143,24 @@ def closer(result: Tensor, truth: Tensor, other: Tensor, where: Tensor) -> Tenso
     return torch.where(gain == 0, 0.5, (gain > 0).float())
 
 
+@dataclass(frozen=True)
+class Order:
+    """first, second: whether the result for each depth of a pair is right; told: whether the two are told apart.
+    [N] each, 1 for yes and 0.5 for a tie."""
+
+    first: Tensor
+    second: Tensor
+    told: Tensor
+
+    def shares(self) -> dict[str, float]:
+        """Means: {"as posed", "mirrored", "both", "told apart"} in 0..1."""
+        both = torch.cat([self.first, self.second])
+        return {
+            name: x.mean().item() for name, x in zip(COLUMNS, (self.first, self.second, both, self.told), strict=True)
+        }
+
+
+COLUMNS = ("as posed", "mirrored", "both", "told apart")
 Draw = Callable[[TwinPairs, BodyPose | None], Tensor]
 
 
@@ -147,28 +168,35 @@ def _bodies(shown: Rendering) -> BodyPose:
     return BodyPose(shown.theta, shown.beta, shown.camera)
 
 
-def body_order(pairs: TwinPairs, given: bool) -> tuple[Tensor, Tensor]:
-    """Whether the drawn generic body has the right surface in front, [N] for the targets as they are and for the
-    mirrored ones: its places at rest against the true person's. given: drawn from the true parameters, else lifted."""
+def body_order(pairs: TwinPairs, given: bool) -> Order:
+    """Whether the drawn generic body has the right surface in front: its places at rest against the true person's.
+    given: drawn from the true parameters, else lifted."""
     height, width = pairs.disputed.shape[-2:]
     own = GenericBody(people=pairs.people)
     truths = [own.render(_bodies(x), height, width) for x in (pairs.first, pairs.second)]
     lifted = target_bodies(pairs.keypoints, width / height, pairs.source.keypoints)
-    right = []
-    for shown, truth, other in ((pairs.first, *truths), (pairs.second, *reversed(truths))):
-        drawn = GenericBody().render(_bodies(shown) if given else lifted, height, width)
-        where = pairs.disputed & (drawn.mask[:, 0] > 0) & (truth.mask[:, 0] > 0) & (other.mask[:, 0] > 0)
-        right.append(closer(drawn.rest, truth.rest, other.rest, where))
-    return right[0], right[1]
+    drawn = [
+        GenericBody().render(_bodies(shown) if given else lifted, height, width)
+        for shown in (pairs.first, pairs.second)
+    ]
+    where = pairs.disputed
+    for maps in (*truths, *drawn):
+        where = where & (maps.mask[:, 0] > 0)
+    return order(*(maps.rest for maps in (*drawn, *truths)), where)
 
 
-def picture_order(pairs: TwinPairs, draw: Draw, given: bool) -> tuple[Tensor, Tensor]:
-    """Whether a model's picture has the right one in front, [N] as `body_order`. given: it is told the true body."""
-    right = []
-    for shown, other in ((pairs.first, pairs.second), (pairs.second, pairs.first)):
-        result = draw(pairs, _bodies(shown) if given else None)
-        right.append(closer(result, shown.image, other.image, pairs.disputed))
-    return right[0], right[1]
+def picture_order(pairs: TwinPairs, draw: Draw, given: bool) -> Order:
+    """Whether a model's picture has the right one in front, as `body_order`. given: it is told the true body."""
+    results = [draw(pairs, _bodies(shown) if given else None) for shown in (pairs.first, pairs.second)]
+    return order(*results, pairs.first.image, pairs.second.image, pairs.disputed)
+
+
+def order(one: Tensor, two: Tensor, first: Tensor, second: Tensor, where: Tensor) -> Order:
+    """Two results [N, C, H, W] of pairs against their truths, over the pixels `where` [N, H, W]."""
+    # |one - first|^2 + |two - second|^2 < |one - second|^2 + |two - first|^2, multiplied out.
+    apart = (((one - two) * (first - second)).sum(1) * where).flatten(1).sum(1)
+    told = torch.where(apart == 0, 0.5, (apart > 0).float())
+    return Order(closer(one, first, second, where), closer(two, second, first, where), told)
 
 
 def model_draw(path: str | Path, steps: int, seed: int, device: torch.device | str) -> Draw:
@@ -207,9 +235,8 @@ LEARNED = {
 
 @dataclass(frozen=True)
 class DepthOrderReport:
-    """rows: kind ("arm", "turn") -> row -> {"as posed", "mirrored", "both": share in 0..1 with the right order}.
-    disputed: kind -> mean number of disputed pixels. pairs: of each kind. size (height, width), steps, seed, seconds:
-    how it was made."""
+    """rows: kind ("arm", "turn") -> row -> {a name of `COLUMNS`: share in 0..1 that is right}. disputed: kind -> mean
+    number of disputed pixels. pairs: of each kind. size (height, width), steps, seed, seconds: how it was made."""
 
     rows: dict[str, dict[str, dict[str, float]]]
     disputed: dict[str, float]
@@ -230,7 +257,7 @@ class DepthOrderReport:
 
     def markdown(self) -> str:
         """The table."""
-        columns = [f"{kind}: {name}" for kind in KINDS for name in ("as posed", "mirrored", "both")]
+        columns = [f"{kind}: {name}" for kind in KINDS for name in COLUMNS]
         lines = ["| right order in front | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
         for row in self.rows[KINDS[0]]:
             cells = [f"{100 * x:.1f} %" for kind in KINDS for x in self.rows[kind][row].values()]
@@ -279,12 +306,5 @@ def evaluate_depth_order(
         table = {f"body {how}, drawn": body_order(twins, given) for how, given in (("lifted", False), ("given", True))}
         for row, (file, given) in LEARNED.items():
             table[row] = picture_order(twins, draws[file], given)
-        rows[kind] = {
-            row: {
-                "as posed": first.mean().item(),
-                "mirrored": second.mean().item(),
-                "both": torch.cat([first, second]).mean().item(),
-            }
-            for row, (first, second) in table.items()
-        }
+        rows[kind] = {row: found.shares() for row, found in table.items()}
     return DepthOrderReport(rows, disputed, pairs, size, steps, seed, time.perf_counter() - started)

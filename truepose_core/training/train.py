@@ -135,7 +135,7 @@ ROWS = {
 concatenation, with the source carried along the skeleton; + a decoupled attention to the lifted source; + asked by the
 target's keypoints (the 2D prior); asked by its body, with L_HPL; and the last without what asks in the tokens, as the
 published formula has them."""
-DEPTH_SCALE = 0.5
+DEPTH_SCALE = 1.0
 """lambda at the start: from 0 it takes longer to grow than these short runs last."""
 
 
