@@ -791,7 +791,7 @@ class HPFAPatch:
 
 
 def with_areas(conds: list, x: Tensor, options: dict) -> dict:
-    """Options that also say which crop of the latent x [B, C, h, w] each prompt for an area sees."""
+    """Model options that remember which crop of the latents x each prompt for an area sees; as they are without any."""
     entries = [entry for cond in conds if cond is not None for entry in cond]
     areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
     if not areas:
@@ -923,7 +923,7 @@ class PosePatch:
         """The `DIFFUSION_MODEL` wrapper."""
         options = {} if transformer_options is None else transformer_options
         if options.get(GUIDANCE) != NOTHING:
-            options = {**options, "patches": _with_patches(options, {"input_block_patch": [self._add]})}
+            options = {**options, "patches": with_patches(options, {"input_block_patch": [self._add]})}
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def _add(self, h: Tensor, options: dict) -> Tensor:
@@ -1097,7 +1097,7 @@ class _Call:
         if any(a.styles for a in self.visible):
             more["input_block_patch"] = [*more.get("input_block_patch", []), self._style_input]
             more["output_block_patch"] = [self._style_output]
-        options["patches"] = _with_patches(options, more)
+        options["patches"] = with_patches(options, more)
         return options
 
     def _level(self, source: SourceFeatures) -> int:
@@ -1408,7 +1408,7 @@ class _TargetCross:
         return torch.cat(parts)
 
 
-def _with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
+def with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
     """New lists of patches: those in the options, and ours behind them."""
     patches = dict(options.get("patches", {}))
     for name, ours in more.items():

@@ -18,6 +18,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from truepose_core.alignment.control3d import framed_body, target_bodies
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures, nearest_level
 from truepose_core.framing import Frame, fit
@@ -272,6 +274,9 @@ class TruePosePipeline(DiffusionPipeline):
         field_guidance: FieldGuidance | None = None,
         source_reading: str | None = None,
         levels: int = 4,
+        target_pose: BodyPose | None = None,
+        source_pose: BodyPose | None = None,
+        control_strength: float = 1.0,
     ) -> TransferOutput:
         """Show the source person in the target poses.
 
@@ -293,6 +298,9 @@ class TruePosePipeline(DiffusionPipeline):
         source_once: read the source at the middle step only, where the model reads it anew at every step.
         field_guidance: how the pose interaction field moves the estimates towards the target pose; None is not at all.
         source_reading, levels: see `encode_source`; SourceFeatures are read as they were encoded.
+        target_pose, source_pose: for models with 3D guidance, the bodies [B or 1] and [S] on the output picture and on
+            the source, where they are known; else they are lifted from the keypoints. control_strength >= 0: a factor
+            on what that guidance adds.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
 
@@ -301,7 +309,7 @@ class TruePosePipeline(DiffusionPipeline):
         model = self.model
         device = self._execution_device
         # Parts that are no component of the pipeline: offloading leaves them behind.
-        for part in (model.hpfa, model.aligned_encoder, model.controlnet):
+        for part in (model.hpfa, model.aligned_encoder, model.controlnet, model.control3d):
             if part is not None:
                 part.to(device)
         features = source if isinstance(source, SourceFeatures) else None
@@ -319,6 +327,8 @@ class TruePosePipeline(DiffusionPipeline):
         if guidance_rescale is None:
             guidance_rescale = behaviour.guidance_rescale * guidance_source
         self._check_call(features, target_body, num_inference_steps, guidance_pose, guidance_source, strength)
+        if not 0 <= control_strength < float("inf"):
+            raise TruePoseError(f"control_strength is {control_strength}; expected a number of at least 0")
 
         frame = self.frame((height, width))
         batch = target_body.shape[0]
@@ -349,6 +359,18 @@ class TruePosePipeline(DiffusionPipeline):
             strength=strength,
         )
         alone = model.target_pass(shape[-2:], None)
+        posed = alone
+        if model.control3d is not None:
+            people = self._target_pose(features, body, frame, target_pose, source_pose)
+            omega = None if region_weights is None else region_weights.to(device)
+            seen = features if full.source is not None else None
+            control = [
+                model.control_tokens(who, body, shape[-2:], people, omega=omega, strength=control_strength)
+                for who in (None, seen)
+            ]
+            posed, full = replace(alone, control=control[0]), replace(full, control=control[1])
+        elif target_pose is not None or source_pose is not None or control_strength != 1:
+            raise TruePoseError("this model has no 3D guidance; leave target_pose, source_pose, control_strength out")
         aligned = model.encode_aligned(features, body, region_weights) if strength > 0 else None
         if aligned is not None:
             aligned = tuple(strength * x for x in aligned)
@@ -368,7 +390,7 @@ class TruePosePipeline(DiffusionPipeline):
                 if full.source is not None and behaviour.keeps_latent and (i == 0 or not source_once):
                     read_at = middle if source_once else t
                     if factors[0] != 0 or factors[1] != 0:
-                        alone = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
+                        alone = posed = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
                     full = replace(full, source=model.source_at(features, read_at), kv={})
                 elif full.source is not None and features.latent is not None:
                     read = model.source_noised(features, t, self._sigma(t), context, pooled)
@@ -379,7 +401,7 @@ class TruePosePipeline(DiffusionPipeline):
                         level, full = near, replace(full, source=full.source.at(self._sigma(t)), kv={})
                 calls = (
                     (alone, None, without, None, no_channels),
-                    (alone, pose, without, None, channels),
+                    (posed, pose, without, None, channels),
                     (full, pose, with_context, aligned, channels),
                 )
                 x = self.scheduler.scale_model_input(latents, t).to(model.dtype)
@@ -442,6 +464,21 @@ class TruePosePipeline(DiffusionPipeline):
             target=body,
         )
         return moved_prediction(prediction, step, alpha, kind)
+
+    def _target_pose(
+        self,
+        features: SourceFeatures,
+        keypoints: Tensor,
+        frame: Frame,
+        target: BodyPose | None,
+        source: BodyPose | None,
+    ) -> BodyPose | None:
+        """The targets' bodies in the model's canvas, for a model whose 3D guidance reads them."""
+        if self.model.config.control3d.query != "body":
+            return None
+        height, width = frame.size_model
+        given = None if target is None else framed_body(target, frame).to(keypoints.device)
+        return target_bodies(keypoints, width / height, features.body, given=given, source=source)
 
     def _pose_maps(
         self, given: Tensor | Mapping[str, Tensor | None] | None, body: Tensor, frame: Frame, device: torch.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truepose_core.alignment.control3d import Control3D, ControlTokens
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
 from truepose_core.body.places import places_of
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.features import NOISE_SEED, Level, SourceFeatures
 from truepose_core.models.codec import PixelCodec, VAECodec
@@ -116,6 +118,15 @@ def scale_densepose(picture: Tensor, scaling: str) -> Tensor:
     return 2 * picture * picture.new_tensor([1.0, 1.0, 255 / 24])[:, None, None] - 1
 
 
+def middle_site(sites: Iterable[str]) -> str:
+    """The attention site in the middle of the UNet, whose tokens the 3D guidance lifts; names of diffusers or ComfyUI.
+    Raises TruePoseError where there is none."""
+    found = next((site for site in sites if site.startswith("mid")), None)
+    if found is None:
+        raise TruePoseError("3D guidance lifts the tokens of the UNet's middle block, which has no attention here")
+    return found
+
+
 class AlignedEncoder(nn.Module):
     """Reads the source's latent carried to the target pose [B, C, h, w] and how certain each cell is [B, 1, h, w].
 
@@ -202,7 +213,17 @@ class TruePoseModel(nn.Module):
         self.caa: CAA | None = None
         if config.caa is not None:
             self.caa = CAA(config.caa, self.context_width, self.source_net, self.target_net)
-        install(self.target_net, self.hpfa, self.caa.target_sites if self.caa else None)
+        self.control3d: Control3D | None = None
+        if config.control3d is not None:
+            blocks = attention_sites(self.target_net)
+            sizes = {key_of(name): (block.attn2.inner_dim, block.attn2.heads) for name, block in blocks.items()}
+            self.control3d = Control3D(config.control3d, blocks[middle_site(blocks)].attn1.query_dim, sizes)
+        install(
+            self.target_net,
+            self.hpfa,
+            self.caa.target_sites if self.caa else None,
+            self.control3d.target_sites if self.control3d else None,
+        )
         # One net may play both parts (training-free use); it keeps TargetNet's processors.
         if self.source_net is not None and self.source_net is not self.target_net:
             install(self.source_net, None, self.caa.source_sites if self.caa else None)
@@ -392,6 +413,34 @@ class TruePoseModel(nn.Module):
             alignments=alignments,
         )
 
+    def control_tokens(
+        self,
+        source: SourceFeatures | None,
+        target_body: Tensor | None,
+        latent_size: tuple[int, int],
+        target_pose: BodyPose | None = None,
+        *,
+        keep_source: Tensor | None = None,
+        keep_pose: Tensor | None = None,
+        omega: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> ControlTokens | None:
+        """What `TargetPass.control` is for these targets: keypoints [B, 18, 3] and, for a model that reads them, their
+        bodies, in the model's canvas. source: None for what the pose alone says. keep_source, keep_pose: [B] bool, as
+        in `forward`. omega: region weights [7]. strength: a factor >= 0 on what is added. None for a model without 3D
+        guidance, and for nothing."""
+        if self.control3d is None or strength == 0:
+            return None
+        asked = self.control3d.ask(target_body, latent_size[1] / latent_size[0], target_pose)
+        features = weights = None
+        if source is not None:
+            site = middle_site(source.sites)
+            features, weights = source.sites[site], source.token_weights(site, omega)
+        if keep_source is None and target_body is not None:
+            keep_source = torch.ones(len(target_body), dtype=torch.bool, device=target_body.device)
+        tokens = self.control3d.tokens(features, asked, keep_source, keep_pose, weights)
+        return tokens if tokens is None or strength == 1 else replace(tokens, shown=strength * tokens.shown)
+
     def encode_pose(self, pose_map: Tensor | Mapping[str, Tensor]) -> Tensor | None:
         """Pose pictures [B, 3, H, W] in [0, 1], by name or the skeleton alone -> what `denoise` takes as pose: the
         embedding that is added after TargetNet's conv_in or, where a ControlNet carries the pose, the skeleton itself.
@@ -484,10 +533,12 @@ class TruePoseModel(nn.Module):
         target_body: Tensor,
         keep_source: Tensor,
         keep_pose: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training pass: (prediction [B, C, h, w], alignments per site). S sources serve B = S r targets, r
-        each in a row. keep_source, keep_pose: [B] bool, False where the condition is dropped. Raises TruePoseError for
-        a model whose behaviour is another system's."""
+        target_pose: BodyPose | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """One training pass: (prediction [B, C, h, w], alignments per site, the source's body as the 3D guidance
+        regresses it, see `Control3D.regress`). S sources serve B = S r targets, r each in a row. keep_source,
+        keep_pose: [B] bool, False where the condition is dropped. target_pose: the targets' bodies, for 3D guidance.
+        Raises TruePoseError for a model whose behaviour is another system's."""
         if self.config.behaviour != Behaviour():
             raise TruePoseError(f"a {self.config.family} model is for use as it is; train one of this package's own")
         source = None
@@ -501,4 +552,11 @@ class TruePoseModel(nn.Module):
         aligned = None if source is None else self.encode_aligned(source, target_body)
         if aligned is not None:
             aligned = tuple(x * keep_source[:, None, None, None] for x in aligned)
-        return self.denoise(noisy, timestep, call, pose, aligned=aligned), alignments
+        regressed = None
+        if self.control3d is not None:
+            control = self.control_tokens(
+                source, target_body, call.latent_size, target_pose, keep_source=keep_source, keep_pose=keep_pose
+            )
+            call = replace(call, control=control)
+            regressed = self.control3d.regress(source.sites[middle_site(source.sites)])
+        return self.denoise(noisy, timestep, call, pose, aligned=aligned), alignments, regressed
