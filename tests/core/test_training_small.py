@@ -163,7 +163,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         load_small(path, "field", LiftNet)
     foreign = tmp_path / "y.safetensors"
     save_file(net.state_dict(), foreign)
-    with pytest.raises(TruePoseError, match="holds another architecture; expected .* --row lift"):
+    with pytest.raises(TruePoseError, match=r"holds another architecture; expected .* --row lift"):
         load_small(foreign, "lift", LiftNet)
     odd = save_small(net.state_dict(), tmp_path / "z.safetensors", "lift", {"breadth": 3}, {})
     with pytest.raises(TruePoseError, match="does not say the sizes of this network"):
