@@ -38,6 +38,7 @@ from . import (  # noqa: E402
     caa,
     cfld,
     combine,
+    control3d,
     field,
     framing,
     human_parsing,
@@ -74,6 +75,7 @@ class TruePoseExtension(ComfyExtension):
             combine,
             align,
             field,
+            control3d,
         )
         nodes = [node for module in modules for node in module.NODES]
         for node in nodes:

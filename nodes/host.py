@@ -45,7 +45,7 @@ from truepose_core.attention.style import moments, restyled
 from truepose_core.body.places import places_of
 from truepose_core.combine import CombinedFeatures
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import NOISE_SEED, Level, SourceFeatures, nearest_level
 from truepose_core.parsing import HumanParsing
 
 from .host_caa import (
@@ -79,10 +79,6 @@ _PARTS = {
 UNCONDITIONAL = 1
 """The host's number for negative rows in `cond_or_uncond`."""
 
-NOISE_SEED = 0
-"""Of the noise that a source is read with: always the same, so that what is read is."""
-_LEAST_SIGMA = 1e-6
-
 Block = tuple[str, int, int]
 Area = tuple[int, int, int, int]
 """(height, width, top, left) in latent cells."""
@@ -97,16 +93,7 @@ def say_once(message: str) -> None:
 
 
 Style = Mapping[str, tuple[Tensor, Tensor]]
-"""Place between two blocks -> mean and deviation of each channel there, [B, C, 1, 1] each."""
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """What was read of a source at one noise level. sites: as in SourceFeatures. sigma: 0 for the clean source."""
-
-    sigma: float
-    sites: Mapping[str, Tensor]
-    style: Style
+"""As of a `Level`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +102,11 @@ class HostFeatures(SourceFeatures):
 
     nothing: what rows without the source read in its place, for models that read a latent of zeros there; else None.
     reader: reads the source anew at every step, and `sites` are then what it reads in the middle of the sampling; None
-    where what was read before is all. levels: what was read at each noise level, from the highest, of which `sites`
-    are the middle one; empty where the source was read once. style: of the one reading that `sites` are.
+    where what was read before is all. style: of the one reading that `sites` are.
     """
 
     nothing: HostFeatures | None = None
     reader: SourceReader | None = None
-    levels: tuple[Level, ...] = ()
     style: Style = field(default_factory=dict)
 
     def get_ram_usage(self) -> int:
@@ -134,11 +119,6 @@ class HostFeatures(SourceFeatures):
         own += sum(x.numel() * x.element_size() for x in more if x is not None)
         return own if self.nothing is None else own + self.nothing.nbytes
 
-    def nearest(self, sigma: float) -> int:
-        """The level that is nearest to a noise level in log-SNR, which is nearest in log sigma."""
-        at = math.log(max(sigma, _LEAST_SIGMA))
-        return min(range(len(self.levels)), key=lambda i: abs(math.log(self.levels[i].sigma) - at))
-
 
 class CombinedHostFeatures(CombinedFeatures, HostFeatures):
     """Several sources in one, as `combine_sources` makes them of HostFeatures. Raises TruePoseError for sources that
@@ -150,24 +130,7 @@ class CombinedHostFeatures(CombinedFeatures, HostFeatures):
                 "this model reads its source anew at every step, so sources cannot be combined; leave the donor out, "
                 "or set source_reading to once or noise levels"
             )
-        if len({tuple(level.sigma for level in part.levels) for part in parts}) > 1:
-            raise TruePoseError(
-                "the source and the donor were read at other noise levels; give both SourceNet Encode the same "
-                "source_reading and levels"
-            )
         super().__init__(*args, parts=parts, **more)
-        levels = tuple(
-            Level(
-                level.sigma,
-                {
-                    site: torch.cat([part.levels[i].sites[site].expand(self.batch, -1, -1) for part in parts], 1)
-                    for site in level.sites
-                },
-                level.style,
-            )
-            for i, level in enumerate(parts[0].levels)
-        )
-        object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "style", parts[0].style)
 
     @property
@@ -178,7 +141,7 @@ class CombinedHostFeatures(CombinedFeatures, HostFeatures):
     def get_ram_usage(self) -> int:
         """Bytes: the joined tokens, and the parts', which other nodes may hold too."""
         joined = sum(x.numel() * x.element_size() for level in self.levels for x in level.sites.values())
-        return self.nbytes + joined + sum(part.get_ram_usage() for part in self.parts)
+        return (joined or self.nbytes) + sum(part.get_ram_usage() for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -691,7 +654,7 @@ class AppliedSource:
             return self._copies[key]
 
     def _copy(self, device: torch.device, dtype: torch.dtype, site: str, level: int) -> _Kept:
-        levels = getattr(self.source, "levels", ())
+        levels = self.source.levels
         tokens, kept = (levels[level].sites if levels else self.source.sites)[site], self.kept[site]
         how, cross = self.site_weights(site), self.cross.get(site)
         matched = _is_on(how.beta) and (self.target is not None or cross is not None)
@@ -828,7 +791,7 @@ class HPFAPatch:
 
 
 def with_areas(conds: list, x: Tensor, options: dict) -> dict:
-    """Options that also say which crop of the latent x [B, C, h, w] each prompt for an area sees."""
+    """Model options that remember which crop of the latents x each prompt for an area sees; as they are without any."""
     entries = [entry for cond in conds if cond is not None for entry in cond]
     areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
     if not areas:
@@ -960,7 +923,7 @@ class PosePatch:
         """The `DIFFUSION_MODEL` wrapper."""
         options = {} if transformer_options is None else transformer_options
         if options.get(GUIDANCE) != NOTHING:
-            options = {**options, "patches": _with_patches(options, {"input_block_patch": [self._add]})}
+            options = {**options, "patches": with_patches(options, {"input_block_patch": [self._add]})}
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def _add(self, h: Tensor, options: dict) -> Tensor:
@@ -1134,15 +1097,14 @@ class _Call:
         if any(a.styles for a in self.visible):
             more["input_block_patch"] = [*more.get("input_block_patch", []), self._style_input]
             more["output_block_patch"] = [self._style_output]
-        options["patches"] = _with_patches(options, more)
+        options["patches"] = with_patches(options, more)
         return options
 
     def _level(self, source: SourceFeatures) -> int:
-        levels = getattr(source, "levels", ())
-        if len(levels) < 2:
+        if len(source.levels) < 2:
             return 0
         sigmas = self.options.get("sigmas")
-        return len(levels) // 2 if sigmas is None else source.nearest(float(sigmas.flatten()[0]))
+        return len(source.levels) // 2 if sigmas is None else nearest_level(source.levels, float(sigmas.flatten()[0]))
 
     def read_sources(self, timesteps: Tensor | None) -> None:
         """Read what is read anew at every step, for this call's timesteps [rows]."""
@@ -1153,7 +1115,7 @@ class _Call:
         """The moments of a source that this call goes by."""
         if applied.reader is not None:
             return self._fresh[applied.reader].style
-        levels = getattr(applied.source, "levels", ())
+        levels = applied.source.levels
         return levels[self.levels[id(applied)]].style if levels else getattr(applied.source, "style", {})
 
     def _style_input(self, h: Tensor, options: dict) -> Tensor:
@@ -1446,7 +1408,7 @@ class _TargetCross:
         return torch.cat(parts)
 
 
-def _with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
+def with_patches(options: Mapping, more: Mapping[str, list]) -> dict[str, list]:
     """New lists of patches: those in the options, and ours behind them."""
     patches = dict(options.get("patches", {}))
     for name, ours in more.items():

@@ -29,7 +29,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from truepose_core.alignment.control3d import Control3D
 from truepose_core.attention.caa import CAASite, RegionTokens
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures
 from truepose_core.framing import Frame, fit
@@ -37,13 +39,21 @@ from truepose_core.guidance import rescale_guidance
 from truepose_core.models.cfld_encoder import is_cfld
 from truepose_core.models.codec import PixelCodec
 from truepose_core.models.config import SKELETON, TruePoseConfig
-from truepose_core.models.model import AlignedEncoder, RegionReader, TruePoseModel, nearest, scale_densepose
+from truepose_core.models.model import (
+    AlignedEncoder,
+    RegionReader,
+    TruePoseModel,
+    middle_site,
+    nearest,
+    scale_densepose,
+)
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
 from truepose_core.models.processors import PassOn
 from truepose_core.models.store import ARCHITECTURE, bundled_path, load_strict, read_metadata
 from truepose_core.parsing import HumanParsing
 
 from .host import GUIDANCE, NOTHING, CrossTokens, SiteWeights, row_index, transformer_blocks
+from .host_control3d import Control3DPatch, site_tokens
 from .host_files import FOLDER, files, folders
 
 BUNDLED = "bundled demo"
@@ -409,10 +419,14 @@ class _Parts(nn.Module):
 
     dtype = torch.float32
     encode_aligned = TruePoseModel.encode_aligned
+    control_tokens = TruePoseModel.control_tokens
 
     def __init__(self, config: TruePoseConfig, sites: Mapping[str, tuple[int, int]]) -> None:
         """sites: key -> (width of its attention, heads)."""
         super().__init__()
+        self.control3d: nn.Module | None = None
+        if config.control3d is not None:
+            self.control3d = Control3D(config.control3d, sites[middle_site(sites)][0], sites)
         unet = config.unet
         width, context = unet["block_out_channels"][0], unet["cross_attention_dim"]
         self.codec = PixelCodec(config.patch)
@@ -554,6 +568,37 @@ class Adapter:
             k, v = (f(x).unflatten(-1, (heads, -1)).transpose(1, 2).cpu() for f in (module.to_k, module.to_v))
             found[site] = CrossTokens(k, v, regions, tokens.shown, module.kappa.cpu(), module.scale.cpu())
         return found
+
+    @property
+    def control_query(self) -> str | None:
+        """What the model's 3D guidance reads of a target ("body", "keypoints", "source": nothing); None without it."""
+        return None if self.config.control3d is None else self.config.control3d.query
+
+    def control3d(
+        self,
+        source: SourceFeatures | None,
+        target_body: Tensor | None,
+        target_pose: BodyPose | None,
+        omega: Tensor | None = None,
+        strength: float = 1.0,
+        sigmas: tuple[float, float] | None = None,
+        keep_unconditional: bool = False,
+    ) -> Control3DPatch | None:
+        """The 3D guidance of a source (None: of the pose alone) for targets as the model reads them, keypoints
+        [T, 18, 3] or bodies in the model's canvas. For the rest see `TruePoseModel.control_tokens` and
+        `Control3DPatch`. None where there is nothing to add."""
+        if self._parts.control3d is None or strength == 0:
+            return None
+        parts, device = self._loaded()
+        cells = self.latent_shape[1:]
+        target_body = None if target_body is None else target_body.to(device)
+        made = [
+            parts.control_tokens(who, target_body, cells, target_pose, omega=omega, strength=strength)
+            for who in (None if source is None else source.to(device), None)
+        ]
+        sites = {site: parts.control3d.target_sites[key] for site, key in self.sites.items()}
+        full, posed = (site_tokens(sites, tokens) for tokens in made)
+        return Control3DPatch(full, posed, sigmas, keep_unconditional) if full or posed else None
 
     def site_weights(self, beta: float | None = None, gamma: float | None = None) -> dict[str, SiteWeights]:
         """Site -> how it matches: what was learned, or one number for every head in its place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -9,7 +10,8 @@ from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.skeleton import draw_skeleton
 
-from . import host, host_guider, host_model
+from . import host, host_control3d, host_guider, host_model
+from .control3d import guidance
 from .schema import Adapter, Parsing, PoseKeypoint, Source, known, schema
 from .source import ADAPTER_HINT, LEARNED, MATCHES, applied_source, bodies, region_weights
 
@@ -241,6 +243,10 @@ class HPFASampler(io.ComfyNode):
             beta=region_match,
             gamma=body_match,
         )
+        if adapter is not None and adapter.control_query is not None and body is not None:
+            weights = torch.tensor(applied.omega)
+            patch = guidance(adapter, source, body, None, reads_source=applied.has_effect, omega=weights)
+            model = model if patch is None else host_control3d.with_control3d(model, patch)
         patched = host.with_hpfa(model, applied)
         if latent is None:
             count = max(source.batch, 1 if body is None else body.shape[0])

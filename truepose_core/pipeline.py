@@ -18,8 +18,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from truepose_core.alignment.control3d import framed_body, target_bodies
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import SourceFeatures, nearest_level
 from truepose_core.framing import Frame, fit
 from truepose_core.guidance import combine_guidance, guidance_factors, rescale_guidance, weigh_region_tokens
 from truepose_core.guidance.field import (
@@ -43,6 +45,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """The colours that CLIP's picture encoders were trained with (arXiv 2103.00020)."""
 TILE = 64
 """Sides of pictures for a VAE model are rounded up to this, so that every UNet level has a whole grid."""
+
+
+ONCE, NOISE_LEVELS, EVERY_STEP = "once", "noise levels", "every step"
+READINGS = (ONCE, NOISE_LEVELS, EVERY_STEP)
+"""How a net that was not trained to read a source may read it."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +160,19 @@ class TruePosePipeline(DiffusionPipeline):
         body: Tensor | None = None,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
+        source_reading: str | None = None,
+        levels: int = 4,
     ) -> SourceFeatures:
-        """Run SourceNet once. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised
+        """Run SourceNet. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised
         keypoints of the source person, or None (no skeleton prior and no body match then). context: text, or the
-        picture's embedding [S, 1, c], which is read with the image encoder where it is not given."""
+        picture's embedding [S, 1, c], which is read with the image encoder where it is not given.
+
+        source_reading, for nets that were not trained to read a source: "once" (clean), "noise levels" (noised, at
+        `levels` of them, of which each step of the sampling takes the nearest), "every step" (noised to the step, and
+        read again there). None: as the model was trained, else "noise levels".
+        """
         self._check_source(image, parsing, body)
+        reading = self._reading(source_reading)
         if context is None and self.model.config.behaviour.context == "image":
             context = self.encode_image(image)
         frame = self.frame((image.shape[-2], image.shape[-1]))
@@ -171,7 +186,36 @@ class TruePosePipeline(DiffusionPipeline):
             body,
             context,
             pooled,
+            noised_at=self._levels(levels) if reading == NOISE_LEVELS else (),
+            keep_latent=reading == EVERY_STEP,
         )
+
+    def _reading(self, asked: str | None) -> str:
+        """How the source is read. Raises TruePoseError where the model says how it was trained."""
+        untrained = self.model.config.behaviour.source_timestep == "noised"
+        if asked is None:
+            return NOISE_LEVELS if untrained else ONCE
+        if asked not in READINGS:
+            raise TruePoseError(f"source_reading is {asked!r}; expected one of {', '.join(READINGS)}")
+        if not untrained:
+            raise TruePoseError(
+                f"this {self.model.config.family} model says how it was trained to read its source; leave "
+                "source_reading out"
+            )
+        return asked
+
+    def _levels(self, count: int) -> list[tuple[int, float]]:
+        """(timestep, sigma) in the middle of `count` equal parts of the training timesteps, from the highest."""
+        if count < 1:
+            raise TruePoseError(f"levels is {count}; expected 1 or more")
+        total = len(self.scheduler.alphas_cumprod)
+        steps = [round((1 - (i + 0.5) / count) * (total - 1)) for i in range(count)]
+        return [(step, self._sigma(step)) for step in steps]
+
+    def _sigma(self, timestep: int | Tensor) -> float:
+        """The noise at a timestep, beside a picture of 1."""
+        kept = float(self.scheduler.alphas_cumprod[int(timestep)])
+        return ((1 - kept) / kept) ** 0.5
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -228,6 +272,11 @@ class TruePosePipeline(DiffusionPipeline):
         mask: Tensor | None = None,
         source_once: bool = False,
         field_guidance: FieldGuidance | None = None,
+        source_reading: str | None = None,
+        levels: int = 4,
+        target_pose: BodyPose | None = None,
+        source_pose: BodyPose | None = None,
+        control_strength: float = 1.0,
     ) -> TransferOutput:
         """Show the source person in the target poses.
 
@@ -248,6 +297,10 @@ class TruePosePipeline(DiffusionPipeline):
             and where to make the picture, [B, 1, height, width]. Without them all of it is made.
         source_once: read the source at the middle step only, where the model reads it anew at every step.
         field_guidance: how the pose interaction field moves the estimates towards the target pose; None is not at all.
+        source_reading, levels: see `encode_source`; SourceFeatures are read as they were encoded.
+        target_pose, source_pose: for models with 3D guidance, the bodies [B or 1] and [S] on the output picture and on
+            the source, where they are known; else they are lifted from the keypoints. control_strength >= 0: a factor
+            on what that guidance adds.
         seed: one for the batch (picture i uses seed + i) or one each. latents: the starting noise, instead of seeds.
         context, pooled: text embeddings for models that read text.
 
@@ -256,7 +309,7 @@ class TruePosePipeline(DiffusionPipeline):
         model = self.model
         device = self._execution_device
         # Parts that are no component of the pipeline: offloading leaves them behind.
-        for part in (model.hpfa, model.aligned_encoder, model.controlnet):
+        for part in (model.hpfa, model.aligned_encoder, model.controlnet, model.control3d):
             if part is not None:
                 part.to(device)
         features = source if isinstance(source, SourceFeatures) else None
@@ -267,13 +320,15 @@ class TruePosePipeline(DiffusionPipeline):
         if features is None:
             if source_parsing is None:
                 raise TruePoseError("a source image needs its human parsing; none was given")
-            features = self.encode_source(source, source_parsing, source_body, context, pooled)
+            features = self.encode_source(source, source_parsing, source_body, context, pooled, source_reading, levels)
         behaviour = model.config.behaviour
         if guidance_source is None:
             guidance_source = behaviour.guidance
         if guidance_rescale is None:
             guidance_rescale = behaviour.guidance_rescale * guidance_source
         self._check_call(features, target_body, num_inference_steps, guidance_pose, guidance_source, strength)
+        if not 0 <= control_strength < float("inf"):
+            raise TruePoseError(f"control_strength is {control_strength}; expected a number of at least 0")
 
         frame = self.frame((height, width))
         batch = target_body.shape[0]
@@ -304,6 +359,18 @@ class TruePosePipeline(DiffusionPipeline):
             strength=strength,
         )
         alone = model.target_pass(shape[-2:], None)
+        posed = alone
+        if model.control3d is not None:
+            people = self._target_pose(features, body, frame, target_pose, source_pose)
+            omega = None if region_weights is None else region_weights.to(device)
+            seen = features if full.source is not None else None
+            control = [
+                model.control_tokens(who, body, shape[-2:], people, omega=omega, strength=control_strength)
+                for who in (None, seen)
+            ]
+            posed, full = replace(alone, control=control[0]), replace(full, control=control[1])
+        elif target_pose is not None or source_pose is not None or control_strength != 1:
+            raise TruePoseError("this model has no 3D guidance; leave target_pose, source_pose, control_strength out")
         aligned = model.encode_aligned(features, body, region_weights) if strength > 0 else None
         if aligned is not None:
             aligned = tuple(strength * x for x in aligned)
@@ -316,18 +383,25 @@ class TruePosePipeline(DiffusionPipeline):
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         steps = self.scheduler.timesteps
-        middle = steps[len(steps) // 2]
+        middle, level = steps[len(steps) // 2], None
         latents = latents * self.scheduler.init_noise_sigma
         with self.progress_bar(total=len(steps)) as bar:
             for i, t in enumerate(steps):
                 if full.source is not None and behaviour.keeps_latent and (i == 0 or not source_once):
                     read_at = middle if source_once else t
                     if factors[0] != 0 or factors[1] != 0:
-                        alone = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
+                        alone = posed = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
                     full = replace(full, source=model.source_at(features, read_at), kv={})
+                elif full.source is not None and features.latent is not None:
+                    read = model.source_noised(features, t, self._sigma(t), context, pooled)
+                    full = replace(full, source=full.source.with_sites(read.sites), kv={})
+                elif full.source is not None and features.levels:
+                    near = nearest_level(features.levels, self._sigma(t))
+                    if near != level:
+                        level, full = near, replace(full, source=full.source.at(self._sigma(t)), kv={})
                 calls = (
                     (alone, None, without, None, no_channels),
-                    (alone, pose, without, None, channels),
+                    (posed, pose, without, None, channels),
                     (full, pose, with_context, aligned, channels),
                 )
                 x = self.scheduler.scale_model_input(latents, t).to(model.dtype)
@@ -390,6 +464,21 @@ class TruePosePipeline(DiffusionPipeline):
             target=body,
         )
         return moved_prediction(prediction, step, alpha, kind)
+
+    def _target_pose(
+        self,
+        features: SourceFeatures,
+        keypoints: Tensor,
+        frame: Frame,
+        target: BodyPose | None,
+        source: BodyPose | None,
+    ) -> BodyPose | None:
+        """The targets' bodies in the model's canvas, for a model whose 3D guidance reads them."""
+        if self.model.config.control3d.query != "body":
+            return None
+        height, width = frame.size_model
+        given = None if target is None else framed_body(target, frame).to(keypoints.device)
+        return target_bodies(keypoints, width / height, features.body, given=given, source=source)
 
     def _pose_maps(
         self, given: Tensor | Mapping[str, Tensor | None] | None, body: Tensor, frame: Frame, device: torch.device

@@ -279,7 +279,7 @@ def test_training_drops_conditions_as_guidance_does(people):
     maps = torch.rand(4, 3, 64, 48, dtype=torch.float64)
     keep_source, keep_pose = torch.tensor([True, False, False, True]), torch.tensor([True, True, False, True])
     given = (people["image"], people["parsing"], people["body"])
-    mixed, alignments = model(*given, noise(), TIMES, maps, people["target_body"], keep_source, keep_pose)
+    mixed, alignments, _ = model(*given, noise(), TIMES, maps, people["target_body"], keep_source, keep_pose)
     source, alone = model.encode_source(*given), model.target_pass(SIZE, None)
     full, pose = model.target_pass(SIZE, source, people["target_body"]), model.encode_pose(maps)
     aligned = model.encode_aligned(source, people["target_body"])

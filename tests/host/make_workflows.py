@@ -187,8 +187,8 @@ def training_free(graph: Graph, model: dict, openpose: dict, width: int, height:
             f"""
             # {title}
             Shows the person of the source picture in another pose, without any training: the checkpoint reads
-            the source once (**SourceNet Encode**), and **Apply HPFA** lets it look there while it makes the
-            picture.
+            the source at four noise levels (**SourceNet Encode**), and **Apply HPFA** lets it look there while it
+            makes the picture.
 
             You need a checkpoint and an OpenPose ControlNet of the same family; the links are in the two
             loaders. Any other {model["name"].split("-")[0].split("_")[0].upper().replace("V1", "SD1.5")}
@@ -284,8 +284,8 @@ def many_poses_one_source(graph: Graph) -> None:
         graph.note(
             """
             # One source, many poses
-            **SourceNet Encode** reads the person once. **Load Pose** gives four poses, and the batch shows the
-              person in each of them. Change the poses, the seed or the prompt: the source is not read again.
+            **SourceNet Encode** reads the person, once for all. **Load Pose** gives four poses, and the batch shows the
+            person in each of them. Change the poses, the seed or the prompt: the source is not read again.
 
             The poses are OpenPose JSON, pasted into the node; choose a file of the input folder instead if you
             like. **batch_size** of the latent is the number of poses.
@@ -741,6 +741,108 @@ def restyle_region(graph: Graph) -> None:
         pasted(graph, photo, picture, frame, "restyle_region", mask=frozen["mask"], feather=0)
 
 
+def carry_and_inpaint(graph: Graph) -> None:
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # The photo's own pixels in another pose
+            1. **Choose a photo** in *Your photo*: one person, large and whole.
+            2. **Choose a pose** in *Pose Gallery*.
+            3. Write in *Prompt* what the picture shows, the background too, and press **Run**.
+
+            **Carry Along Body** lifts both poses to 3D bodies and brings every pixel that the photo shows of the
+            person to its place in the new pose. These pixels are kept. The rest, and the background, is made by the
+            checkpoint, which looks at the photo while it does (**Apply HPFA**) and follows the skeleton (ControlNet).
+
+            You need a checkpoint and an OpenPose ControlNet (links in the two loaders), and two small networks that
+            read the pose. No training, and no 3D files.
+            """,
+            400,
+        )
+        loader = checkpoint(graph, SD15)
+        control = graph.add("ControlNetLoader", models=(OPENPOSE_SD15,), control_net_name=OPENPOSE_SD15["name"])
+        graph.note(WANTED, 210)
+    _, _, frame = framed_person(graph, "", 0.2)
+    with graph.group("Target pose"):
+        gallery = graph.add(
+            "TruePosePoseGallery",
+            name="hand on hip",
+            width=frame["width"],
+            height=frame["height"],
+            room=PREVIEW,
+        )
+        target = graph.add("TruePoseRetargetPose", target=gallery["pose"], source=frame["pose"], room=PREVIEW)
+        graph.note(BETTER_PARSING, 330)
+    with graph.group("What the photo knows"):
+        carried = graph.add(
+            "TruePoseCarryAlongBody",
+            image=frame["image"],
+            parsing=frame["parsing"],
+            pose=frame["pose"],
+            target_pose=target["pose"],
+            room=PREVIEW,
+        )
+        graph.note(
+            """
+            ## Carry Along Body
+            Black is what the photo does not show. **mirror** *front-back* shows a hidden back as the front,
+            *left-right* a hidden arm as the other one: run it as a second node and lay its picture under this one.
+
+            Where an arm lies on the wrong side of the body, lift the pose with *Body Pose from Keypoints*, try another
+            **hypothesis** there, and connect **target_body** in place of **target_pose**.
+
+            **depth** and **normal** fit depth and normal ControlNets, beside the skeleton or instead of it.
+            """,
+            260,
+        )
+    with graph.group("What is made anew"):
+        hidden = graph.add("InvertMask", mask=carried["seen"])
+        grown = graph.add("GrowMask", mask=hidden["MASK"], expand=6, tapered_corners=True)
+        hard = graph.add("MaskToImage", mask=grown["MASK"])
+        soft = graph.add("ImageBlur", image=hard["IMAGE"], blur_radius=6, sigma=3.0)
+        mask = graph.add("ImageToMask", image=soft["IMAGE"], channel="red")
+        graph.add("MaskPreview", title="What is made anew", mask=mask["MASK"], room=PREVIEW)
+        graph.note(
+            """
+            ## The seam
+            **expand** makes more anew around what was carried, and **blur_radius** softens the way from one to the
+            other. Grey instead of black under the carried pixels keeps their edges clean in the latent.
+            """,
+            110,
+        )
+    with graph.group("Where the sampler starts"):
+        grey = graph.add("EmptyImage", width=frame["width"], height=frame["height"], color=0x808080)
+        laid = graph.add(
+            "ImageCompositeMasked", destination=grey["IMAGE"], source=carried["image"], mask=carried["seen"]
+        )
+        encoded = graph.add("VAEEncode", pixels=laid["IMAGE"], vae=loader["VAE"])
+        latent = graph.add("SetLatentNoiseMask", samples=encoded["LATENT"], mask=mask["MASK"])
+    with graph.group("Source and prompt"):
+        source = read_frame(graph, loader, frame)
+        prompts = prompted(graph, loader["CLIP"], "photo of a person, plain studio background, sharp focus")
+        posed = controlled(graph, prompts, control, target["image"], loader["VAE"])
+    with graph.group("Picture"):
+        patched = graph.add(
+            "TruePoseApplyHPFA",
+            model=loader["MODEL"],
+            source=source["source"],
+            target_pose=target["pose"],
+            target_parsing=carried["parsing"],
+        )
+        done = sampled(graph, patched["model"], posed["positive"], posed["negative"], latent["LATENT"])
+        saved(graph, done["LATENT"], loader["VAE"], "carry_and_inpaint")
+        graph.note(
+            """
+            ## How much is kept
+            **denoise** 1 makes hidden places wholly anew. For light that fits better, sample the result once more
+            without the mask and with denoise 0.3: the carried pixels are then lightly made over too.
+
+            An inpainting checkpoint fits as well: *InpaintModelConditioning* takes the same picture and mask.
+            """,
+            150,
+        )
+
+
 OF_BUNDLED = {"steps": 12, "cfg": 1.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
 """How the bundled model is sampled."""
 
@@ -1117,6 +1219,7 @@ BUILDERS: dict[str, Callable[[Graph], None]] = {
         photo_to_pose,
         swap_garment_photo,
         restyle_region,
+        carry_and_inpaint,
         pose_sequence,
         flux_kontext_regions,
         qwen_edit_two_people,

@@ -24,6 +24,7 @@ SHOWS = {
     "TruePoseFramePerson": 0,
     "TruePoseRetargetPose": 1,
     "TruePoseDrawSkeleton": 0,
+    "TruePoseCarryAlongBody": 0,
     "TruePoseAttentionView": 0,
     "ImageScale": 0,
 }

@@ -19,7 +19,8 @@ from small_files import PHOTOS, mannequin_photo, save_ip_adapter, save_photo
 
 NAMES = sorted(BUILDERS)
 NEEDS_NO_FILE = ("attention_view", "demo", "pose_sequence")
-PHOTO_NAMES = ("photo_to_pose", "restyle_region", "swap_garment_photo")
+PASTED_NAMES = ("photo_to_pose", "restyle_region", "swap_garment_photo")
+PHOTO_NAMES = ("carry_and_inpaint", *PASTED_NAMES)
 MODEL_FILES = {model["name"] for model in FILES}
 """Checkpoints, a LoRA and ControlNets, which a test has not got. A prompt may lack these and nothing else."""
 SHOW = ("MaskPreview", "PreviewImage", "SaveAnimatedWEBP", "SaveImage")
@@ -113,6 +114,7 @@ def test_they_show_the_packs_nodes_and_need_no_other_pack(info: dict) -> None:
         "TruePosePoseGallery",
         "TruePoseRetargetPose",
         "TruePoseInterpolatePoses",
+        "TruePoseCarryAlongBody",
         "TruePoseCombineSources",
         "TruePoseFreezeRegions",
         "TruePoseLoadCAAAdapter",
@@ -221,8 +223,8 @@ def test_it_runs_with_a_tiny_model(
     pictures = comfy.images(entry, save)
     assert len(pictures) == (len(MANY) if name == "many_poses_one_source" else 1)
     for picture in pictures:
-        assert picture.shape == (photo.shape if name in PHOTO_NAMES else (96, 64, 3)) and picture.std() > 1
-    if name in PHOTO_NAMES:
+        assert picture.shape == (photo.shape if name in PASTED_NAMES else (96, 64, 3)) and picture.std() > 1
+    if name in PASTED_NAMES:
         changed = (pictures[0] != photo).any(-1)
         assert changed.any() and not changed[:, :64].any() and not changed[:, -64:].any()
 

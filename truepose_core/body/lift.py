@@ -230,7 +230,7 @@ def fit_bodies(
     return local, beta, camera, error
 
 
-def _shape_jacobian(local: Tensor, beta: Tensor, points: Tensor, joints: Joints) -> Tensor:
+def _shape_jacobian(local: Tensor, beta: Tensor, points: Tensor, joints: Joints = rest_joints) -> Tensor:
     """How the 18 points [N, 18, 3] move with the shape numbers: [N, 18, 3, 10], by differences (nearly linear)."""
     step = 0.05
     other = (beta[:, None] + step * torch.eye(10).to(beta)).flatten(0, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truepose_core.cli.console import whole
 from truepose_core.cli.opening import ModelChoice, wants_vae
 from truepose_core.cli.photo import PICTURES, other_shape
 from truepose_core.errors import TruePoseError
@@ -52,6 +53,15 @@ def add_condition_arguments(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="for a model that reads the source anew at every step (Leffa): only at the middle one, which is faster",
     )
+    parser.add_argument(
+        "--source-reading",
+        choices=("once", "noise-levels", "every-step"),
+        help="for a Stable Diffusion folder, which was not trained to read a source: clean and once; noised, at "
+        "--levels noise levels, for all poses (the default); or noised to every step and read there, which costs most",
+    )
+    parser.add_argument(
+        "--levels", type=whole(1), metavar="N", help="noise levels that the source is read at (default: 4)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -84,6 +94,16 @@ def check_condition_options(args: argparse.Namespace, model: ModelChoice) -> Non
         raise TruePoseError("--canvas and --mask belong together: give both, or neither to make the whole picture anew")
     if args.source_once and behaviour.source_timestep != "step":
         raise TruePoseError(f"--source-once is not for {name}, which reads the source once as it is; leave it out")
+    for option, given in (("--source-reading", args.source_reading), ("--levels", args.levels)):
+        if given is not None and not model.is_folder:
+            raise TruePoseError(
+                f"{option} is for a Stable Diffusion folder; {name} says how it was trained to read its source. Leave "
+                "it out"
+            )
+    if args.levels is not None and args.source_reading in ("once", "every-step"):
+        raise TruePoseError(f"--levels is for --source-reading noise-levels, not {args.source_reading}; leave it out")
+    if args.donors and args.source_reading == "every-step":
+        raise TruePoseError("--from is not for --source-reading every-step; leave one of them out")
     if args.donors and behaviour.keeps_latent:
         raise TruePoseError(f"--from is not for {name}, which reads its source anew at every step; leave it out")
 

@@ -19,6 +19,7 @@ from truepose_core.cli.console import (
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
+    from truepose_core.evaluation.depth_order import DepthOrderReport
     from truepose_core.evaluation.field import FieldReport
     from truepose_core.evaluation.guidance import GuidanceReport
     from truepose_core.evaluation.parts import PartsReport
@@ -33,6 +34,10 @@ target parsing), warp (the source moved along the skeleton), body-lifted, body-g
 from the keypoints, a body of true parameters, the true person's surface), alignment-K (recurrent alignment in K steps
 on lifted bodies). With +parsing, places that the source hides are painted on the true target parsing. Learned rows of
 equal data, budget and seed: pose, concat, HPFA, HPFA+CAA. And bundled, the model that ships.
+
+With --depth-order: who is in front where keypoints do not say, on targets that come in two depths; the models of the
+relative depth guidance's ablation. Their rows in the table: depth-base, depth-decoupled, depth-2d, depth-3d (its
+bodies lifted from keypoints), depth-3d-given (true bodies), depth-3d-found, depth-3d-found-given.
 
 With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels),
 pasting back, and a swapped garment with the bundled model.
@@ -50,6 +55,7 @@ examples:
   truepose eval --data mannequin --parts --pairs 64
   truepose eval --data mannequin --field
   truepose eval --data mannequin --field-guidance --field-scale 10 50 250
+  truepose eval --data mannequin --depth-order --steps 2
 """
 
 
@@ -63,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 1_000_000),
         default=None,
         metavar="N",
-        help="the first N pairs (default: 512, all; with --parts 64; with --field 6000 poses)",
+        help="the first N pairs (default: 512, all; with --parts 64, with --depth-order 128; with --field 6000 poses)",
     )
     parser.add_argument(
         "--parts", action="store_true", help="measure parsing from keypoints, retargeting, pasting back and a swap"
@@ -81,13 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(),
         nargs="+",
         metavar="S",
-        help="with --field-guidance: the scales to compare (default: 50)",
+        help="with --field-guidance: the scales to compare (default: 10)",
     )
     parser.add_argument(
         "--field-mu",
         type=number(),
         metavar="M",
         help="with --field-guidance: weight of the distance to the target pose (default: 20)",
+    )
+    parser.add_argument(
+        "--depth-order", action="store_true", help="measure who is in front, on targets that differ in depth alone"
     )
     parser.add_argument(
         "--rows",
@@ -156,7 +165,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_file(args.json, args.overwrite, (".json",))
     if args.sheet is not None:
         check_file(args.sheet, args.overwrite, IMAGE_SUFFIXES)
-    chosen = [name for name in ("parts", "field", "field_guidance") if vars(args)[name]]
+    chosen = [name for name in ("parts", "field", "field_guidance", "depth_order") if vars(args)[name]]
     if len(chosen) > 1:
         raise TruePoseError(f"--{chosen[0]} and --{chosen[1].replace('_', '-')} are two measurements; give one of them")
     if (args.field_scale or args.field_mu is not None) and not args.field_guidance:
@@ -191,8 +200,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _run_other(args: argparse.Namespace, what: str, console: Console, started: float) -> dict[str, Any]:
-    """`--parts`, `--field` and `--field-guidance`: what is not the table of models."""
-    used = {"field_guidance": ("model",)}.get(what, ())
+    """`--parts`, `--field`, `--field-guidance` and `--depth-order`: what is not the table of models."""
+    used = {"field_guidance": ("model",), "depth_order": ("model",)}.get(what, ())
     for option in ("rows", "model", "sheet", "details"):
         if vars(args)[option] and option not in used:
             raise TruePoseError(
@@ -200,7 +209,8 @@ def _run_other(args: argparse.Namespace, what: str, console: Console, started: f
             )
     from truepose_core.images import atomic_write
 
-    report = {"parts": _parts, "field": _field, "field_guidance": _field_guidance}[what](args)
+    measured = {"parts": _parts, "field": _field, "field_guidance": _field_guidance, "depth_order": _depth_order}
+    report = measured[what](args)
     if args.json is not None:
         atomic_write(args.json, report.to_json() + "\n", args.overwrite)
     console.say(report.markdown())
@@ -244,6 +254,18 @@ def _field_guidance(args: argparse.Namespace) -> GuidanceReport:
         model=models.get(BUNDLED, BUNDLED),
         steps=args.steps,
         seed=args.seed,
+        device=choose_device(args.device),
+    )
+
+
+def _depth_order(args: argparse.Namespace) -> DepthOrderReport:
+    from truepose_core.evaluation.depth_order import PAIRS, evaluate_depth_order
+
+    return evaluate_depth_order(
+        args.pairs or PAIRS,
+        steps=args.steps,
+        seed=args.seed,
+        models=parse_models(args.model),
         device=choose_device(args.device),
     )
 

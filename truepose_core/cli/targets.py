@@ -46,6 +46,8 @@ def fit_body(body: Tensor, canvas: tuple[int, int], size: tuple[int, int]) -> Te
 
     The canvas is scaled by one factor until it fits, and centred; missing keypoints stay as they are.
     """
+    if canvas == size:
+        return body
     scale = min(size[0] / canvas[0], size[1] / canvas[1])
     share = body.new_tensor([canvas[0] * scale / size[0], canvas[1] * scale / size[1]])
     fitted = body.clone()

@@ -47,7 +47,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "row": (
         str,
         "ROW",
-        "what is trained: pose, concat, HPFA or HPFA+CAA, the rows of the table; full, the bundled model; or lift, "
+        "what is trained: pose, concat, HPFA or HPFA+CAA, the rows of the table; full, the bundled model; depth-base, "
+        "depth-decoupled, depth-2d, depth-3d or depth-3d-found, the ablation of relative depth guidance; or lift, "
         "alignment, field or keypoints, small networks",
     ),
     "steps": (whole(1, MOST), "N", "optimiser steps"),
@@ -61,6 +62,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "drop_source": (number(0, 1), "P", "how often the source alone is dropped, for guidance"),
     "drop_all": (number(0, 1), "P", "how often source and pose are dropped together, for guidance"),
     "alignment": (number(), "X", "weight of the alignment loss, where the model has CAA"),
+    "human_prior": (number(), "X", "weight of L_HPL, where the model has 3D guidance"),
     "timestep_power": (number(0.01, 100), "X", "timesteps are drawn as u^X: 1 is uniform, less prefers noisy ones"),
     "accumulate": (whole(1, MOST), "N", "batches summed up per step"),
     "clip": (number(), "X", "largest norm of the gradient"),
@@ -78,6 +80,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "a Stable Diffusion folder in diffusers format that both nets start from, instead of scratch",
     ),
     "data": (str, "DATA", "mannequin, or a folder with pairs.csv, images/, parsing/ and poses/"),
+    "ambiguous": (number(0, 1), "SHARE", "share of the mannequin's poses whose keypoints do not tell their depth"),
     "height": (whole(0, 4096), "PX", "height of the training pictures; 0 is the model's own"),
     "width": (whole(0, 4096), "PX", "width of the training pictures; 0 is the model's own"),
     "gradient_checkpointing": (None, "", "less memory, more time"),

@@ -133,6 +133,8 @@ examples:
       --pose gallery:walking --out swap.png
 """
 
+LEVELS = 4
+"""Noise levels that an untrained checkpoint reads its source at."""
 STEPS = {"pixels": 12, "vae": 30}
 """Sampling steps when --steps is not given."""
 
@@ -215,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(),
         default=0.0,
         metavar="S",
-        help="how far each step moves the picture towards a possible pose and the one asked for; 50 is a start, "
+        help="how far each step moves the picture towards a possible pose and the one asked for; 10 is a start, "
         "0 is off (default: 0)",
     )
     field.add_argument(
@@ -388,7 +390,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         options["field_guidance"] = field
     with memory_errors(opened.device):
         before = time.perf_counter()
-        features = _encode(opened, given, needs_parsing, console)
+        reading = None if args.source_reading is None else args.source_reading.replace("-", " ")
+        how = {"source_reading": reading, "levels": args.levels or LEVELS}
+        features = _encode(opened, given, needs_parsing, console, how if model.is_folder else {})
         encoded = time.perf_counter()
         pictures = _sample(opened, features, given, steps, args.seed, args.batch, options)
     sampled = time.perf_counter()
@@ -545,13 +549,15 @@ def _shrink(source: PersonPhoto, size: tuple[int, int], opened: Opened, console:
     return replace(source, image=image, parsing=None if source.parsing is None else source.parsing.resize(*small))
 
 
-def _encode(opened: Opened, given: Inputs, needs_parsing: bool, console: Console) -> SourceFeatures | CFLDSource:
-    """The source's features, with the regions that are taken from donors."""
+def _encode(
+    opened: Opened, given: Inputs, needs_parsing: bool, console: Console, how: dict[str, Any]
+) -> SourceFeatures | CFLDSource:
+    """The source's features, with the regions that are taken from donors. how: it is read, for `encode_source`."""
     from truepose_core.combine import combine_sources
 
     def read(person: PersonPhoto) -> SourceFeatures:
         parsing = person.parsing if needs_parsing else everywhere(person.size)
-        return opened.pipe.encode_source(person.image, parsing, person.body, opened.context, opened.pooled)
+        return opened.pipe.encode_source(person.image, parsing, person.body, opened.context, opened.pooled, **how)
 
     source = _shrink(given.source, given.made, opened, console)
     if opened.is_cfld:

@@ -5,7 +5,8 @@ the TRUE target parsing (what a model without patterns can reach at best), "warp
 "body-given" and "surface" carry the source along a body (`bodies`), hidden places painted in region colours on the
 carried parsing or, with "+parsing" behind the name, on the TRUE target parsing. "alignment-K" is recurrent alignment in
 K steps on lifted bodies, no diffusion. The others are models: "pose", "concat", "HPFA" and "HPFA+CAA" were trained with
-equal data, budget and seed; "bundled" is the model that ships.
+equal data, budget and seed; "bundled" is the model that ships. The rows of the relative depth
+guidance's ablation (`ABLATION_ROWS`) were trained apart, also as equals.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from truepose_core.alignment.skeleton_prior import region_colors, warp
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.evaluation.bodies import BodyRows, Difficulty, Drawn, skeleton_correspondence
 from truepose_core.parsing import HumanParsing
@@ -34,6 +36,19 @@ BUNDLED_ROWS = {
     "bundled": "mannequin",
 }
 """Learned row -> name of the model that ships with the package (`models.store.bundled_path`)."""
+
+ABLATION_ROWS = {
+    "depth-base": "row-depth-base",
+    "depth-decoupled": "row-depth-decoupled",
+    "depth-2d": "row-depth-2d",
+    "depth-3d": "row-depth-3d",
+    "depth-3d-given": "row-depth-3d",
+    "depth-3d-found": "row-depth-3d-found",
+    "depth-3d-found-given": "row-depth-3d-found",
+}
+"""The same for the ablation of relative depth guidance, whose rows are measured when they are asked for."""
+GIVEN = "-given"
+"""Behind a row's name: the model is told the target's true body; else it is lifted from the keypoints."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,9 @@ ROWS = (*BASELINES, *BUNDLED_ROWS)
 def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.device | str = "cpu") -> Row:
     """The row of a model file: `TruePosePipeline` with the model's own scheduler, `steps` steps and no guidance.
 
-    seed: pair i starts from the noise of seed + i, whatever batch it is in. Raises TruePoseError, naming the row, when
-    the file is missing or is not a model.
+    seed: pair i starts from the noise of seed + i, whatever batch it is in. A name that ends in "-given" tells the
+    model the targets' true bodies. Raises TruePoseError, naming the row, when the file is missing or is not a model, or
+    when it reads no body.
     """
     from truepose_core.models.store import load_model, read_metadata
     from truepose_core.pipeline import TruePosePipeline
@@ -117,18 +133,22 @@ def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.
         model = load_model(path)
     except TruePoseError as error:
         raise TruePoseError(f"row {name!r}: {error}") from error
+    given = name.endswith(GIVEN)
+    if given and (model.config.control3d is None or model.config.control3d.query != "body"):
+        raise TruePoseError(f"row {name!r}: {path} reads no body, so none can be given to it")
     pipe = TruePosePipeline.from_model(model).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(pairs: PairBatch) -> Drawn:
-        source = pairs.source
+        source, target = pairs.source, pairs.target
         images = pipe(
             source.image,
-            pairs.target.keypoints,
+            target.keypoints,
             HumanParsing(source.parsing),
             source.keypoints,
             num_inference_steps=steps,
             seed=[seed + i for i in pairs.identity.tolist()],
+            target_pose=BodyPose(target.theta, target.beta, target.camera) if given else None,
         ).images
         return Drawn(images)
 
@@ -163,8 +183,9 @@ def make_rows(
     taken = set(models) & set(BASELINES)
     if taken:
         raise TruePoseError(f"a model is given for row {min(taken)!r}, which has no model; choose another name")
-    known = [*ROWS, *(name for name in models if name not in ROWS)]
-    names = known if names is None else list(names)
+    further = [name for name in models if name not in ROWS and name not in ABLATION_ROWS]
+    names = [*ROWS, *further] if names is None else list(names)
+    known = [*ROWS, *ABLATION_ROWS, *further]
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
         what = f"unknown row {unknown[0]!r}" if unknown else f"rows are {', '.join(names) or 'none'}"
@@ -178,7 +199,7 @@ def make_rows(
         path = models.get(name)
         if path is None:
             try:
-                path = bundled_path(BUNDLED_ROWS[name])
+                path = bundled_path({**BUNDLED_ROWS, **ABLATION_ROWS}[name])
             except TruePoseError as error:
                 raise TruePoseError(f"row {name!r}: {error}; or leave the row out") from error
         rows.append(model_row(name, path, steps, seed, device))

@@ -37,7 +37,7 @@ class FieldGuidance:
     Raises TruePoseError for numbers out of these ranges.
     """
 
-    scale: float = 50.0
+    scale: float = 10.0
     mu: float = 20.0
     start: float = 0.0
     end: float = 1.0

@@ -22,6 +22,7 @@ from .identity import (
     sample_identities,
 )
 from .render import Rendering, render
+from .twins import mirror_arm, mirror_body
 from .world import SPLITS, PairBatch, render_people, sample_pairs
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "axis_angle_to_matrix",
     "forward_kinematics",
     "matrix_to_axis_angle",
+    "mirror_arm",
+    "mirror_body",
     "mirror_poses",
     "ready_poses",
     "render",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -454,11 +454,13 @@ def render(
     supersample: int = 2,
     device: torch.device | str | None = None,
     chunk: int | None = None,
+    camera: Tensor | None = None,
 ) -> Rendering:
     """Pictures of people [N] in poses [N] with their ground truth.
 
     Args:
         identities, poses: N people and N poses.
+        camera: absolute cameras [N, 3] in place of the poses' framing (see `Rendering.camera`).
         height, width: size of the pictures in pixels, 8 to 4096.
         supersample: rays per pixel along each axis, 1 to 8. Parsing is exact to 1 / supersample^2.
         device: where to render and leave the result; default: where the identities are.
@@ -492,6 +494,8 @@ def render(
             people = identities.select(index.to(identities.skin.device)).to(target)
             taken = poses.select(index.to(poses.theta.device)).to(target)
             scene = make_scene(people, taken, width / height)
+            if camera is not None:
+                scene = replace(scene, camera=camera[index.to(camera.device)].to(target))
             surface = trace(scene, grid)
             image, parsing, depth = _develop(surface, scene, grid)
             pieces.append(

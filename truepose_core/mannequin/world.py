@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from truepose_core.errors import TruePoseError
 from .body import sample_poses
 from .identity import as_indices, sample_identities
 from .render import Rendering, render
+from .twins import ambiguous_poses, hide_faces
 
 __all__ = ["SPLITS", "PairBatch", "render_people", "sample_pairs"]
 
@@ -54,10 +55,12 @@ def render_people(
     device: torch.device | str | None = None,
     chunk: int | None = None,
     view: str | None = None,
+    ambiguous: float = 0.0,
 ) -> Rendering:
     """People [N] in K poses each, as one Rendering of N * K; row i * K + k is person i, pose k.
 
-    Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1.
+    Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1. ambiguous: share of
+    the poses, 0 to 1, whose keypoints do not tell their depth (see `twins`).
 
     Raises:
         TruePoseError: for an unknown split or fewer than 1 pose per person.
@@ -70,7 +73,11 @@ def render_people(
     people = sample_identities(index, world)
     people = people.select(torch.arange(len(index)).repeat_interleave(poses_per_person))
     poses = sample_poses(which, world, view)
-    return render(people, poses, height, width, supersample, device, chunk)
+    if ambiguous == 0:
+        return render(people, poses, height, width, supersample, device, chunk)
+    poses, faceless = ambiguous_poses(poses, which, world, ambiguous)
+    made = render(people, poses, height, width, supersample, device, chunk)
+    return replace(made, keypoints=hide_faces(made.keypoints, faceless))
 
 
 def sample_pairs(

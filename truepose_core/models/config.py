@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from truepose_core.alignment.control3d import Control3DConfig
 from truepose_core.errors import TruePoseError
 
 FUSIONS = ("none", "concat", "hpfa")
@@ -36,7 +37,8 @@ class CAAConfig:
 class Behaviour:
     """How the nets want to be run, where systems of this kind differ. The defaults are this package's own models.
 
-    source_timestep: SourceNet reads the clean source once, at timestep "zero", or anew at every "step"'s timestep.
+    source_timestep: SourceNet reads the clean source once, at timestep "zero", or anew at every "step"'s timestep;
+    "noised": it was not trained to read, and sees the source with as much noise as the sampler has.
     context: what cross-attention reads, "text" or "image": one CLIP embedding of the source picture; cross_attention
     "pass": it reads nothing and hands its input on, so that a block adds norm2(h) there (Leffa); else "context".
     unconditional: what a row without the source reads. "drop": no source tokens, and zeros for an image context;
@@ -84,7 +86,7 @@ class Behaviour:
 
 
 _BEHAVIOURS = {
-    "source_timestep": ("zero", "step"),
+    "source_timestep": ("zero", "step", "noised"),
     "context": ("text", "image"),
     "unconditional": ("drop", "zero latent"),
     "cross_attention": ("context", "pass"),
@@ -103,8 +105,8 @@ class TruePoseConfig:
     a body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried along the
     skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training
     images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword arguments of diffusers' AutoencoderKL
-    where the file brings its own VAE. behaviour: how the nets are run. Raises TruePoseError for a choice that does not
-    exist.
+    where the file brings its own VAE. behaviour: how the nets are run. control3d: relative depth guidance, or None.
+    Raises TruePoseError for a choice that does not exist.
     """
 
     family: str
@@ -123,8 +125,14 @@ class TruePoseConfig:
     match: str = "skeleton"
     vae: dict[str, Any] | None = None
     behaviour: Behaviour = Behaviour()
+    control3d: Control3DConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.control3d is not None and (self.fusion == "none" or self.behaviour != Behaviour()):
+            raise TruePoseError(
+                "3D guidance reads SourceNet's tokens of a clean source: fusion must not be 'none', and the behaviour "
+                "this package's own"
+            )
         if self.fusion not in FUSIONS:
             raise TruePoseError(f"fusion is {self.fusion!r}; expected one of {', '.join(FUSIONS)}")
         if self.prediction_type not in PREDICTIONS:
@@ -164,6 +172,9 @@ class TruePoseConfig:
             if behaviour is not None:
                 lists = {name: tuple(behaviour[name]) for name in ("channels", "pose_maps") if name in behaviour}
                 raw["behaviour"] = Behaviour(**{**behaviour, **lists})
+            control3d = raw.get("control3d")
+            if control3d is not None:
+                raw["control3d"] = Control3DConfig(**control3d)
             raw["pose_widths"] = tuple(raw["pose_widths"])
             raw["size"] = tuple(raw["size"])
             return cls(**raw)
@@ -181,7 +192,11 @@ SD_SCHEDULE = {
 
 
 def mannequin_config(
-    fusion: str = "hpfa", caa: bool = True, widths: tuple[int, ...] = (64, 96), aligned: bool = False
+    fusion: str = "hpfa",
+    caa: bool = True,
+    widths: tuple[int, ...] = (64, 96),
+    aligned: bool = False,
+    control3d: Control3DConfig | None = None,
 ) -> TruePoseConfig:
     """The bundled model: 4x4 pixel patches of a 64x48 image, x0 prediction, no VAE."""
     unet = {
@@ -210,4 +225,5 @@ def mannequin_config(
         beta=2.0 if fusion == "hpfa" else 0.0,
         gamma=16.0 if fusion == "hpfa" else 0.0,
         aligned=aligned,
+        control3d=control3d,
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from truepose_core.alignment.control3d import Control3D, ControlTokens
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
 from truepose_core.body.places import places_of
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import NOISE_SEED, Level, SourceFeatures
 from truepose_core.models.codec import PixelCodec, VAECodec
 from truepose_core.models.config import SKELETON, Behaviour, CAAConfig, TruePoseConfig
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
@@ -115,6 +118,15 @@ def scale_densepose(picture: Tensor, scaling: str) -> Tensor:
     return 2 * picture * picture.new_tensor([1.0, 1.0, 255 / 24])[:, None, None] - 1
 
 
+def middle_site(sites: Iterable[str]) -> str:
+    """The attention site in the middle of the UNet, whose tokens the 3D guidance lifts; names of diffusers or ComfyUI.
+    Raises TruePoseError where there is none."""
+    found = next((site for site in sites if site.startswith("mid")), None)
+    if found is None:
+        raise TruePoseError("3D guidance lifts the tokens of the UNet's middle block, which has no attention here")
+    return found
+
+
 class AlignedEncoder(nn.Module):
     """Reads the source's latent carried to the target pose [B, C, h, w] and how certain each cell is [B, 1, h, w].
 
@@ -135,6 +147,13 @@ class AlignedEncoder(nn.Module):
     def forward(self, latent: Tensor, certain: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([latent, certain], 1)
         return self.conv_out(nn.functional.silu(self.conv_in(x))), self.skip(x)
+
+
+def noised(latent: Tensor, sigma: float) -> Tensor:
+    """The latent [B, C, h, w] with fixed noise, as a UNet takes it at this noise level: of a variance of about 1."""
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(latent)
+    kept = 1 / (1 + sigma**2)
+    return kept**0.5 * latent + (1 - kept) ** 0.5 * noise
 
 
 class TruePoseModel(nn.Module):
@@ -194,7 +213,17 @@ class TruePoseModel(nn.Module):
         self.caa: CAA | None = None
         if config.caa is not None:
             self.caa = CAA(config.caa, self.context_width, self.source_net, self.target_net)
-        install(self.target_net, self.hpfa, self.caa.target_sites if self.caa else None)
+        self.control3d: Control3D | None = None
+        if config.control3d is not None:
+            blocks = attention_sites(self.target_net)
+            sizes = {key_of(name): (block.attn2.inner_dim, block.attn2.heads) for name, block in blocks.items()}
+            self.control3d = Control3D(config.control3d, blocks[middle_site(blocks)].attn1.query_dim, sizes)
+        install(
+            self.target_net,
+            self.hpfa,
+            self.caa.target_sites if self.caa else None,
+            self.control3d.target_sites if self.control3d else None,
+        )
         # One net may play both parts (training-free use); it keeps TargetNet's processors.
         if self.source_net is not None and self.source_net is not self.target_net:
             install(self.source_net, None, self.caa.source_sites if self.caa else None)
@@ -232,12 +261,17 @@ class TruePoseModel(nn.Module):
         body: Tensor | None = None,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
+        *,
+        noised_at: Sequence[tuple[int, float]] = (),
+        keep_latent: bool = False,
     ) -> SourceFeatures:
         """What SourceNet knows of the clean source, after one pass at timestep 0. image [B, 3, H, W] in [0, 1], parsing
         of the same size, body [B, 18, 3] normalised keypoints or None. context, pooled: what the model reads beside the
         picture, [B or 1, T, c] text, or [B, 1, c] where that is an embedding of the picture.
 
-        A model that reads the source at the sampler's timestep gets it later: see `source_at`.
+        A model that reads the source at the sampler's timestep gets it later: see `source_at`. noised_at: (timestep,
+        sigma) of the noise levels at which the noised source is read instead, from the highest. keep_latent: keep it
+        for `source_noised`, and read nothing here.
         """
         behaviour = self.config.behaviour
         latent = self.codec.encode(image).to(self.dtype)
@@ -251,12 +285,18 @@ class TruePoseModel(nn.Module):
             caa,
             image if self.config.aligned else None,
             self._context(context, latent) if behaviour.context == "image" else None,
-            latent if behaviour.keeps_latent else None,
+            latent if behaviour.keeps_latent or keep_latent else None,
             places_of(self.config.match, body, image.shape[-1] / image.shape[-2]),
         )
-        if self.config.fusion == "none" or behaviour.source_timestep == "step":
+        if self.config.fusion == "none" or behaviour.source_timestep == "step" or keep_latent:
             return features
         size = (image.shape[-2], image.shape[-1])
+        if noised_at:
+            levels = tuple(
+                Level(sigma, self._read(noised(latent, sigma), t, features.latent_size, caa, context, pooled, size))
+                for t, sigma in noised_at
+            )
+            return replace(features, sites=dict(levels[len(levels) // 2].sites), levels=levels)
         return features.with_sites(self._read(latent, 0, features.latent_size, caa, context, pooled, size))
 
     def _read(
@@ -291,6 +331,22 @@ class TruePoseModel(nn.Module):
         when = timestep if self.config.behaviour.source_timestep == "step" else 0
         sites = self._read(latent.to(self.dtype), when, source.latent_size, source.caa, source.context, None, size)
         return source.with_sites(sites)
+
+    def source_noised(
+        self,
+        source: SourceFeatures,
+        timestep: int | Tensor,
+        sigma: float,
+        context: Tensor | None,
+        pooled: Tensor | None,
+    ) -> SourceFeatures:
+        """The source noised to sigma and read at a timestep, by a net that was not trained to read it clean. context,
+        pooled: as in `encode_source`."""
+        if source.latent is None:
+            raise TruePoseError("these SourceFeatures hold no latent to read anew; encode the source for every step")
+        size = tuple(side * self.codec.patch for side in source.latent_size)
+        latent = noised(source.latent.to(self.dtype), sigma)
+        return source.with_sites(self._read(latent, timestep, source.latent_size, source.caa, context, pooled, size))
 
     def target_pass(
         self,
@@ -356,6 +412,34 @@ class TruePoseModel(nn.Module):
             kv=kv,
             alignments=alignments,
         )
+
+    def control_tokens(
+        self,
+        source: SourceFeatures | None,
+        target_body: Tensor | None,
+        latent_size: tuple[int, int],
+        target_pose: BodyPose | None = None,
+        *,
+        keep_source: Tensor | None = None,
+        keep_pose: Tensor | None = None,
+        omega: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> ControlTokens | None:
+        """What `TargetPass.control` is for these targets: keypoints [B, 18, 3] and, for a model that reads them, their
+        bodies, in the model's canvas. source: None for what the pose alone says. keep_source, keep_pose: [B] bool, as
+        in `forward`. omega: region weights [7]. strength: a factor >= 0 on what is added. None for a model without 3D
+        guidance, and for nothing."""
+        if self.control3d is None or strength == 0:
+            return None
+        asked = self.control3d.ask(target_body, latent_size[1] / latent_size[0], target_pose)
+        features = weights = None
+        if source is not None:
+            site = middle_site(source.sites)
+            features, weights = source.sites[site], source.token_weights(site, omega)
+        if keep_source is None and target_body is not None:
+            keep_source = torch.ones(len(target_body), dtype=torch.bool, device=target_body.device)
+        tokens = self.control3d.tokens(features, asked, keep_source, keep_pose, weights)
+        return tokens if tokens is None or strength == 1 else replace(tokens, shown=strength * tokens.shown)
 
     def encode_pose(self, pose_map: Tensor | Mapping[str, Tensor]) -> Tensor | None:
         """Pose pictures [B, 3, H, W] in [0, 1], by name or the skeleton alone -> what `denoise` takes as pose: the
@@ -449,10 +533,12 @@ class TruePoseModel(nn.Module):
         target_body: Tensor,
         keep_source: Tensor,
         keep_pose: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training pass: (prediction [B, C, h, w], alignments per site). S sources serve B = S r targets, r
-        each in a row. keep_source, keep_pose: [B] bool, False where the condition is dropped. Raises TruePoseError for
-        a model whose behaviour is another system's."""
+        target_pose: BodyPose | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """One training pass: (prediction [B, C, h, w], alignments per site, the source's body as the 3D guidance
+        regresses it, see `Control3D.regress`). S sources serve B = S r targets, r each in a row. keep_source,
+        keep_pose: [B] bool, False where the condition is dropped. target_pose: the targets' bodies, for 3D guidance.
+        Raises TruePoseError for a model whose behaviour is another system's."""
         if self.config.behaviour != Behaviour():
             raise TruePoseError(f"a {self.config.family} model is for use as it is; train one of this package's own")
         source = None
@@ -466,4 +552,11 @@ class TruePoseModel(nn.Module):
         aligned = None if source is None else self.encode_aligned(source, target_body)
         if aligned is not None:
             aligned = tuple(x * keep_source[:, None, None, None] for x in aligned)
-        return self.denoise(noisy, timestep, call, pose, aligned=aligned), alignments
+        regressed = None
+        if self.control3d is not None:
+            control = self.control_tokens(
+                source, target_body, call.latent_size, target_pose, keep_source=keep_source, keep_pose=keep_pose
+            )
+            call = replace(call, control=control)
+            regressed = self.control3d.regress(source.sites[middle_site(source.sites)])
+        return self.denoise(noisy, timestep, call, pose, aligned=aligned), alignments, regressed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from truepose_core.alignment.control3d import Control3DSite, ControlTokens
 from truepose_core.attention.caa import CAASite, RegionTokens
 from truepose_core.attention.hpfa import (
     SHUT,
@@ -63,6 +64,7 @@ class TargetPass:
     prior: token count -> P [B, N, 7]; given: it is the user's parsing, which CAA must not replace. body: token count ->
     the target's body coordinates [B, N, 3]. caa: the source's region tokens. kv: K and V of the source per site, kept
     between passes whose weights do not change. alignments: site -> CAA's P [B, N, 7], filled when not None.
+    control: tokens of the 3D guidance, or None.
     """
 
     latent_size: tuple[int, int]
@@ -78,6 +80,7 @@ class TargetPass:
     caa: RegionTokens | None = None
     kv: dict[str, SourceTokens | None] | None = None
     alignments: dict[str, Tensor] | None = None
+    control: ControlTokens | None = None
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -209,10 +212,10 @@ def _for_rows(source: SourceTokens, batch: int, call: TargetPass) -> SourceToken
 
 
 class CrossAttention:
-    """attn2 of one block: the context, and the source's region tokens beside it."""
+    """attn2 of one block: the context, and beside it the source's region tokens and the 3D guidance's."""
 
-    def __init__(self, site: str, caa: CAASite | None):
-        self.site, self.caa = site, caa
+    def __init__(self, site: str, caa: CAASite | None, control: Control3DSite | None = None):
+        self.site, self.caa, self.control = site, caa, control
         self.heads_at_once: int | None = None
 
     def __call__(
@@ -232,6 +235,8 @@ class CrossAttention:
             prior = truepose.prior.get(q.shape[2]) if isinstance(truepose, TargetPass) else None
             extra, _ = self.caa(q, truepose.caa, prior)
             out = out + self.caa.scale.to(out) * extra
+        if self.control is not None and isinstance(truepose, TargetPass) and truepose.control is not None:
+            out = out + self.control(q, truepose.control, grid_of(q.shape[2], truepose.latent_size))
         return attn.to_out[1](attn.to_out[0](_merge(out)))
 
 
@@ -260,15 +265,16 @@ def install(
     unet: UNet2DConditionModel,
     hpfa: nn.ModuleDict | None = None,
     caa: nn.ModuleDict | None = None,
+    control: nn.ModuleDict | None = None,
 ) -> None:
-    """Give every attention of the UNet our processors. hpfa and caa: modules per site (`key_of`)."""
+    """Give every attention of the UNet our processors. hpfa, caa, control: modules per site (`key_of`)."""
     for site, block in attention_sites(unet).items():
         key = key_of(site)
         h = hpfa[key] if hpfa is not None else None
         c = caa[key] if caa is not None else None
         block.attn1.set_processor(SelfAttention(site, h, c, block.attn2))
         if not isinstance(block.attn2, PassOn):
-            block.attn2.set_processor(CrossAttention(site, c))
+            block.attn2.set_processor(CrossAttention(site, c, None if control is None else control[key]))
 
 
 def token_counts(unet: UNet2DConditionModel, latent_size: tuple[int, int]) -> dict[int, tuple[int, int]]:

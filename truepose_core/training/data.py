@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 
@@ -15,7 +16,8 @@ from truepose_core.parsing import HumanParsing
 class TrainingBatch:
     """S sources and B = S r targets; r targets in a row show the same person as their source.
 
-    images [., 3, H, W] in [0, 1]; parsings; keypoints [., 18, 3] normalised.
+    images [., 3, H, W] in [0, 1]; parsings; keypoints [., 18, 3] normalised. source_pose, target_pose: their bodies, or
+    None where they are not known.
     """
 
     source_image: Tensor
@@ -24,9 +26,11 @@ class TrainingBatch:
     target_image: Tensor
     target_parsing: HumanParsing
     target_body: Tensor
+    source_pose: BodyPose | None = None
+    target_pose: BodyPose | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
-        return TrainingBatch(*(x.to(device) for x in vars(self).values()))
+        return TrainingBatch(*(None if x is None else x.to(device) for x in vars(self).values()))
 
 
 def _as_bytes(x: Tensor) -> Tensor:
@@ -48,11 +52,13 @@ class MannequinPool:
         fresh: int = 1,
         step: int = 0,
         device: torch.device | str = "cpu",
+        ambiguous: float = 0.0,
     ):
+        """ambiguous: share of the poses whose keypoints do not tell their depth (`mannequin.twins`)."""
         if poses < 2:
             raise TruePoseError(f"a pair needs 2 poses of a person; got {poses}")
         self.people, self.poses, self.size, self.seed = people, poses, size, seed
-        self.fresh = min(fresh, people)
+        self.fresh, self.ambiguous = min(fresh, people), ambiguous
         self.device = torch.device(device)
         self.step = step
         replaced = self.fresh * step
@@ -63,6 +69,9 @@ class MannequinPool:
         self.image = torch.empty((people, poses, 3, height, width), dtype=torch.uint8)
         self.parsing = torch.empty((people, poses, 7, height, width), dtype=torch.uint8)
         self.body = torch.empty((people, poses, 18, 3))
+        self.theta = torch.empty((people, poses, 24, 3))
+        self.beta = torch.empty((people, poses, 10))
+        self.camera = torch.empty((people, poses, 3))
         for chunk in slots.split(32):
             self._fill(chunk)
 
@@ -77,11 +86,14 @@ class MannequinPool:
             height=self.size[0],
             width=self.size[1],
             device=self.device,
+            ambiguous=self.ambiguous,
         )
         shape = (len(slots), self.poses)
         self.image[slots] = _as_bytes(made.image).unflatten(0, shape)
         self.parsing[slots] = _as_bytes(made.parsing).unflatten(0, shape)
         self.body[slots] = made.keypoints.cpu().unflatten(0, shape)
+        for name in ("theta", "beta", "camera"):
+            getattr(self, name)[slots] = getattr(made, name).cpu().unflatten(0, shape)
 
     def batch(self, sources: int, targets: int, rank: int = 0) -> TrainingBatch:
         """The batch of the current step: `sources` people with `targets` target poses each. Raises TruePoseError where
@@ -102,6 +114,9 @@ class MannequinPool:
             masks = x.float()
             return HumanParsing(masks / masks.sum(1, keepdim=True))
 
+        def bodies(*at: Tensor) -> BodyPose:
+            return BodyPose(self.theta[at], self.beta[at], self.camera[at])
+
         return TrainingBatch(
             self.image[slot, source].float() / 255,
             parse(self.parsing[slot, source]),
@@ -109,6 +124,8 @@ class MannequinPool:
             self.image[rows, target].float() / 255,
             parse(self.parsing[rows, target]),
             self.body[rows, target],
+            bodies(slot, source),
+            bodies(rows, target),
         )
 
     def advance(self) -> None:

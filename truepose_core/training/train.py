@@ -4,7 +4,8 @@ Loss (defaults in TrainingConfig):
 * mean squared error of the model's prediction, weighted by what a pixel shows (region weights: ours) and, for
   epsilon and v prediction, by min-SNR-5 (Hang et al., arXiv 2303.09556, section 3.4; x0 prediction with a plain
   square error is SNR-weighted already);
-* alignment: cross-entropy of CAA's alignment map with the target's parsing (ours), where the model has CAA.
+* alignment: cross-entropy of CAA's alignment map with the target's parsing (ours), where the model has CAA;
+* L_HPL of the 3D guidance's heads (`alignment.control3d`), where the model has them.
 
 Conditions are dropped as guidance drops them: the source alone, or source and pose together (design, Guidance).
 Timesteps are drawn with density proportional to t^(1/power - 1); power 1 is uniform (Ho et al., arXiv 2006.11239).
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, pixel_unshuffle
 
+from truepose_core.alignment.control3d import Control3DConfig, human_prior_loss, target_bodies
+from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.models.codec import PixelCodec
-from truepose_core.models.config import mannequin_config
+from truepose_core.models.config import TruePoseConfig, mannequin_config
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.store import load_strict, save_model
 from truepose_core.regions import Region
@@ -56,6 +59,8 @@ class TrainingConfig:
     poses of each. keep: steps after which the averaged weights are written aside (for a table at equal budget).
     base: a Stable Diffusion folder whose UNet both nets start from, or "" for random weights. data: "mannequin", or a
     folder of pairs (`FolderPairs`). height, width: of the training pictures; 0 is the model's own size.
+    human_prior: weight of L_HPL, where the model has 3D guidance. ambiguous: share of the mannequin's poses whose
+    keypoints do not tell their depth (`mannequin.twins`).
     decay: share of the steps, at the end, over which the learning rate falls to zero.
 
     Raises TruePoseError for an unknown row and for a height without a width.
@@ -73,6 +78,7 @@ class TrainingConfig:
     drop_source: float = 0.05
     drop_all: float = 0.05
     alignment: float = 0.05
+    human_prior: float = 0.002
     timestep_power: float = 0.5
     accumulate: int = 1
     clip: float = 1.0
@@ -86,6 +92,7 @@ class TrainingConfig:
     keep: tuple[int, ...] = ()
     base: str = ""
     data: str = "mannequin"
+    ambiguous: float = 0.0
     height: int = 0
     width: int = 0
     gradient_checkpointing: bool = False
@@ -118,8 +125,22 @@ ROWS = {
     "HPFA": lambda: mannequin_config("hpfa", caa=False),
     "HPFA+CAA": lambda: mannequin_config("hpfa", caa=True),
     "full": lambda: mannequin_config("hpfa", caa=True, aligned=True),
+    "depth-base": lambda: _depth_row(None),
+    "depth-decoupled": lambda: _depth_row(Control3DConfig(query="source", scale=DEPTH_SCALE)),
+    "depth-2d": lambda: _depth_row(Control3DConfig(query="keypoints", scale=DEPTH_SCALE)),
+    "depth-3d": lambda: _depth_row(Control3DConfig(scale=DEPTH_SCALE)),
+    "depth-3d-found": lambda: _depth_row(Control3DConfig(keep_query=False, scale=DEPTH_SCALE)),
 }
-"""The four learned rows of the evaluation table, and the bundled model."""
+"""The four learned rows of the evaluation table, the bundled model, and the ablation of relative depth guidance: plain
+concatenation, with the source carried along the skeleton; + a decoupled attention to the lifted source; + asked by the
+target's keypoints (the 2D prior); asked by its body, with L_HPL; and the last without what asks in the tokens, as the
+published formula has them."""
+DEPTH_SCALE = 1.0
+"""lambda at the start: from 0 it takes longer to grow than these short runs last."""
+
+
+def _depth_row(control3d: Control3DConfig | None) -> TruePoseConfig:
+    return mannequin_config("concat", caa=False, widths=(32, 48), aligned=True, control3d=control3d)
 
 
 def draw_timesteps(count: int, train_steps: int, power: float, generator: torch.Generator) -> Tensor:
@@ -213,6 +234,7 @@ class Trainer:
                 fresh=config.fresh,
                 step=start,
                 device=self.accelerator.device,
+                ambiguous=config.ambiguous,
             )
         else:
             self.pool = FolderPairs(config.data, model_config.size, seed=config.seed, step=start)
@@ -242,7 +264,8 @@ class Trainer:
         keep_source, keep_pose = (x.to(clean.device) for x in draw_dropout(count, c.drop_source, c.drop_all, generator))
         noisy = scheduler.add_noise(clean, noise, steps)
         pose_map = draw_skeleton(batch.target_body, *batch.target_image.shape[-2:])
-        prediction, alignments = self.net(
+        source_pose, target_pose = self._bodies(batch)
+        prediction, alignments, regressed = self.net(
             batch.source_image,
             batch.source_parsing,
             batch.source_body,
@@ -252,6 +275,7 @@ class Trainer:
             batch.target_body,
             keep_source,
             keep_pose,
+            target_pose,
         )
         kind = self.model.config.prediction_type
         wanted = {"sample": clean, "epsilon": noise}.get(kind)
@@ -274,7 +298,22 @@ class Trainer:
             aligned = alignment_loss(alignments, batch.target_parsing, size, keep_source)
             figures["loss/alignment"] = aligned.item()
             loss = loss + c.alignment * aligned
+        if regressed is not None and c.human_prior > 0:
+            prior = human_prior_loss(regressed, source_pose)
+            figures["loss/human prior"] = prior.item()
+            loss = loss + c.human_prior * prior
         return loss, figures
+
+    def _bodies(self, batch: TrainingBatch) -> tuple[BodyPose | None, BodyPose | None]:
+        """Source and target bodies of a batch for a model that reads them: its own, else lifted from the keypoints."""
+        control = self.model.config.control3d
+        if control is None or control.query != "body":
+            return None, None
+        if batch.target_pose is not None:
+            return batch.source_pose, batch.target_pose
+        height, width = batch.target_image.shape[-2:]
+        source = target_bodies(batch.source_body, width / height)
+        return source, target_bodies(batch.target_body, width / height, source=source)
 
     def run(self) -> Path:
         """Train to the last step. Ctrl-C writes a checkpoint first. Returns the path of the final weights."""

@@ -14,6 +14,7 @@ from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.features import nearest_level
 
 SIGMAS = (9.0, 4.0, 1.5, 0.6, 0.0)
 
@@ -63,11 +64,11 @@ def test_each_level_is_a_pass_over_the_noised_latent(batch: int) -> None:
 def test_a_step_reads_the_level_nearest_in_log_snr() -> None:
     features = read(3)
     for number, level in enumerate(features.levels):
-        assert features.nearest(level.sigma) == number
+        assert nearest_level(features.levels, level.sigma) == number
     a, b = features.levels[0].sigma, features.levels[1].sigma
     middle = (a * b) ** 0.5
-    assert (features.nearest(middle * 1.01), features.nearest(middle * 0.99)) == (0, 1)
-    assert features.nearest(0.0) == 2 and features.nearest(1e9) == 0
+    assert (nearest_level(features.levels, middle * 1.01), nearest_level(features.levels, middle * 0.99)) == (0, 1)
+    assert nearest_level(features.levels, 0.0) == 2 and nearest_level(features.levels, 1e9) == 0
     x = latent(9)
     for level in features.levels:
         alone = host.HostFeatures(features.family, dict(level.sites), features.latent_size, features.parsing)

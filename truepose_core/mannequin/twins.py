@@ -1,0 +1,78 @@
+"""Bodies with the same keypoints and another depth: what no 2D pose can tell apart.
+
+The camera is orthographic, so a body part whose bones are mirrored in depth, Z = diag(1, 1, -1), lies on the same
+keypoints. A part with the global rotations R gets the proper rotations Z R N instead, N a mirror that leaves the
+part's bones at rest where they are; in its own joints' axis-angle vectors that is a change of signs. Ours.
+
+* an arm (bones along x, N = diag(1, -1, 1)) goes before the trunk or behind it, about its shoulder, and its elbow bends
+  as it did;
+* the whole body (all bones but the feet in the plane z = 0, N = Z) turns to the other side. Knees and elbows then bend
+  the other way, and its face points would tell; they are left out.
+
+OpenPose names left and right, so a body seen from the front and one seen from behind are no such pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .body import BodyPoses, axis_angle_to_matrix, chain_rotations, matrix_to_axis_angle, rest_joints
+from .identity import as_indices, uniform
+
+__all__ = ["ARMS", "FACE_POINTS", "TWINS", "ambiguous_poses", "hide_faces", "mirror_arm", "mirror_body"]
+
+ARMS = {"left": (13, 16, (18, 20, 22)), "right": (14, 17, (19, 21, 23))}
+"""Side -> its collar, its shoulder and the joints below it."""
+FACE_POINTS = (0, 14, 15, 16, 17)
+"""OpenPose's nose, eyes and ears."""
+TWINS = ("none", "body", "left arm", "right arm", "both arms")
+"""What `ambiguous_poses` mirrors, one as often as another."""
+_STREAM = 11
+
+
+def mirror_arm(theta: Tensor, side: str) -> Tensor:
+    """theta [N, 24, 3] with the arm of a side ("left", "right") mirrored in depth about its shoulder."""
+    collar, shoulder, below = ARMS[side]
+    local = axis_angle_to_matrix(theta)
+    # Rotations alone: where the joints are does not matter here.
+    world, _ = chain_rotations(local, rest_joints(theta.new_zeros(len(theta), 10)))
+    depth, own = theta.new_tensor([1.0, 1.0, -1.0]), theta.new_tensor([1.0, -1.0, 1.0])
+    turned = world[:, collar].mT @ (depth[:, None] * world[:, shoulder] * own)
+    mirrored = theta.clone()
+    mirrored[:, shoulder] = matrix_to_axis_angle(turned)
+    mirrored[:, list(below)] *= -own
+    return mirrored
+
+
+def mirror_body(theta: Tensor) -> Tensor:
+    """theta [N, 24, 3] of the bodies mirrored in depth. Face points and toes alone show it in the plane."""
+    return theta * theta.new_tensor([-1.0, -1.0, 1.0])
+
+
+def hide_faces(keypoints: Tensor, faceless: Tensor) -> Tensor:
+    """Keypoints [N, 18, 3] without face points where faceless [N] is True."""
+    hidden = torch.zeros(18, dtype=torch.bool, device=keypoints.device)
+    hidden[list(FACE_POINTS)] = True
+    return keypoints * ~(faceless.to(keypoints.device)[:, None] & hidden)[..., None]
+
+
+def ambiguous_poses(
+    poses: BodyPoses, indices: Sequence[int] | Tensor, seed: int, share: float
+) -> tuple[BodyPoses, Tensor]:
+    """Poses of which `share` get a kind of `TWINS`, and whose face points have to go [N] bool: those of "none" and
+    "body", so that the face does not tell which of the two it is. A pure function of (seed, index)."""
+    u = uniform(as_indices(indices), seed, _STREAM, 2)
+    chosen = u[:, 0] < share
+    kind = (u[:, 1] * len(TWINS)).long().clamp(max=len(TWINS) - 1)
+    theta = poses.theta
+    for number, mirrored in (
+        (1, mirror_body(theta)),
+        (2, mirror_arm(theta, "left")),
+        (3, mirror_arm(theta, "right")),
+        (4, mirror_arm(mirror_arm(theta, "left"), "right")),
+    ):
+        theta = torch.where((chosen & (kind == number))[:, None, None], mirrored, theta)
+    return BodyPoses(theta, poses.camera), chosen & (kind < 2)
