@@ -32,11 +32,14 @@ _find_core()
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
 from . import (  # noqa: E402
+    align,
     attention,
+    body,
     caa,
     cfld,
     combine,
     control3d,
+    field,
     framing,
     human_parsing,
     mannequin,
@@ -44,6 +47,7 @@ from . import (  # noqa: E402
     parsing,
     pose,
     pose_tools,
+    references,
     sampler,
     source,
 )
@@ -59,14 +63,18 @@ class TruePoseExtension(ComfyExtension):
             caa,
             cfld,
             sampler,
+            references,
             human_parsing,
             parsing,
             pose,
             pose_tools,
             mannequin,
+            body,
             attention,
             framing,
             combine,
+            align,
+            field,
             control3d,
         )
         nodes = [node for module in modules for node in module.NODES]

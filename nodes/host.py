@@ -3,9 +3,10 @@
 (host_caa.py has CAA's part of a block, host_model.py makes MODELs of TruePose files, host_guider.py samples. Only the
 files named host*.py know the host's inside.)
 
-Reading (`read_source`): one UNet pass over the clean source latent at timestep 0, through the host's own sampling
-path, so that loading, offload, latent scaling, data types and LoRA are the host's. A SourceNet that reads its source
-at every step (`SourceReader`) is loaded beside TargetNet by the host, and runs in front of each call.
+Reading (`read_source`): one UNet pass over the clean source latent at timestep 0, or one over the noised latent for
+each of a few noise levels, through the host's own sampling path, so that loading, offload, latent scaling, data types
+and LoRA are the host's. A net that reads its source at every step (`SourceReader`) runs in front of each call; one that
+is not the model itself is loaded beside it by the host.
 
 Patching (`with_hpfa`): a `DIFFUSION_MODEL` wrapper that puts, for the time of one call, an attn1 `replace` on each
 block the source knows. The replace projects the source's tokens with the block's own to_k and to_v and hands
@@ -40,10 +41,11 @@ from truepose_core.attention.hpfa import (
     kept_tokens,
     match_channels,
 )
+from truepose_core.attention.style import moments, restyled
 from truepose_core.body.places import places_of
 from truepose_core.combine import CombinedFeatures
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import NOISE_SEED, Level, SourceFeatures, nearest_level
 from truepose_core.parsing import HumanParsing
 
 from .host_caa import (
@@ -90,23 +92,31 @@ def say_once(message: str) -> None:
     log.warning(message)
 
 
+Style = Mapping[str, tuple[Tensor, Tensor]]
+"""As of a `Level`."""
+
+
 @dataclass(frozen=True, eq=False)
 class HostFeatures(SourceFeatures):
     """SourceFeatures keyed by the host's blocks ("input.1.0"), as it flows through a TRUEPOSE_SOURCE socket.
 
     nothing: what rows without the source read in its place, for models that read a latent of zeros there; else None.
     reader: reads the source anew at every step, and `sites` are then what it reads in the middle of the sampling; None
-    where what was read once is all.
+    where what was read before is all. style: of the one reading that `sites` are.
     """
 
     nothing: HostFeatures | None = None
     reader: SourceReader | None = None
+    style: Style = field(default_factory=dict)
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache that evicts by memory."""
         more = [self.parsing.masks, self.image, None if self.caa is None else self.caa.tokens]
         more.append(None if self.reader is None else self.reader.latent)
-        own = self.nbytes + sum(x.numel() * x.element_size() for x in more if x is not None)
+        more += [x for level in self.levels for x in level.sites.values()]
+        # The middle level's tensors are counted among the levels.
+        own = 0 if self.levels else self.nbytes
+        own += sum(x.numel() * x.element_size() for x in more if x is not None)
         return own if self.nothing is None else own + self.nothing.nbytes
 
 
@@ -118,9 +128,10 @@ class CombinedHostFeatures(CombinedFeatures, HostFeatures):
         if any(part.reader is not None for part in parts):
             raise TruePoseError(
                 "this model reads its source anew at every step, so sources cannot be combined; leave the donor out, "
-                "or set source_reading to once"
+                "or set source_reading to once or noise levels"
             )
         super().__init__(*args, parts=parts, **more)
+        object.__setattr__(self, "style", parts[0].style)
 
     @property
     def nothing(self) -> HostFeatures | None:
@@ -129,7 +140,8 @@ class CombinedHostFeatures(CombinedFeatures, HostFeatures):
 
     def get_ram_usage(self) -> int:
         """Bytes: the joined tokens, and the parts', which other nodes may hold too."""
-        return self.nbytes + sum(part.get_ram_usage() for part in self.parts)
+        joined = sum(x.numel() * x.element_size() for level in self.levels for x in level.sites.values())
+        return (joined or self.nbytes) + sum(part.get_ram_usage() for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +159,11 @@ class SiteWeights:
 def site_name(block: Block) -> str:
     """("input", 1, 0) -> "input.1.0"."""
     return ".".join(str(part) for part in block)
+
+
+def place_name(block: tuple[str, int]) -> str:
+    """("output", 1) -> "output.1"."""
+    return f"{block[0]}.{block[1]}"
 
 
 def transformer_blocks(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Module]]:
@@ -168,6 +185,14 @@ def transformer_blocks(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Modul
 def self_attentions(unet: UNetModel) -> dict[str, tuple[Block, torch.nn.Module]]:
     """Site name -> (the host's block, its attn1)."""
     return {site: (at, block.attn1) for site, (at, block) in transformer_blocks(unet).items()}
+
+
+def style_places(unet: UNetModel) -> frozenset[tuple[str, int]]:
+    """Where style is read and put: behind the last sixth of the input blocks, the middle, and the first third of the
+    output blocks (as "reference only" weighs them). ("output", n) is in front of that block."""
+    inputs, outputs = len(unet.input_blocks), len(unet.output_blocks)
+    behind = {("input", n) for n in range(inputs - inputs // 6, inputs)}
+    return frozenset(behind | {("output", n) for n in range(outputs // 3 + 1)})
 
 
 def unet_of(model: object, what: str) -> UNetModel:
@@ -241,13 +266,64 @@ def _clean_input(sampling: object, latent: Tensor, timestep: Tensor) -> tuple[Te
     return latent * (sigma**2 + sampling.sigma_data**2) ** 0.5, sigma.expand(latent.shape[0])
 
 
+class _ReadLevels(comfy.samplers.Sampler):
+    """A sampler of no steps: one pass over the noised latent at each of the noise levels, kept in `levels`."""
+
+    def __init__(self, sigmas: Sequence[float], noise: Tensor, recorder: _Recorder) -> None:
+        self.sigmas, self.noise, self.recorder = sigmas, noise, recorder
+        self.levels: list[Level] = []
+
+    def sample(
+        self,
+        model_wrap: object,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: object,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        sampling, positive = model_wrap.inner_model.model_sampling, model_wrap.conds["positive"]
+        for level in self.sigmas:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            sigma = latent_image.new_full((latent_image.shape[0],), level)
+            x = _noised(sampling, latent_image, self.noise, sigma)
+            comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, extra_args["model_options"])
+            self.levels.append(self.recorder.take(level))
+        return latent_image
+
+
+def _noised(sampling: object, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The latent [B, C, h, w] as the sampler has a picture at the noise level sigma [B]."""
+    return sampling.noise_scaling(sigma[:, None, None, None], noise.to(latent), latent)
+
+
 class _Recorder:
-    """The `DIFFUSION_MODEL` wrapper of a source's pass: what stands in front of every self-attention, in `sites`."""
+    """The `DIFFUSION_MODEL` wrapper of a source's pass: what stands in front of every self-attention, in `sites`, and
+    the moments at every `style_places`."""
 
     def __init__(self, unet: UNetModel, keep_on: torch.device, cross: Mapping[str, CrossTokens]) -> None:
         """cross: region tokens per site, which the pass reads; {} for none."""
         self.unet, self.keep_on, self.cross = unet, keep_on, cross
+        self.places = style_places(unet)
         self.sites: dict[str, Tensor] = {}
+        self.style: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def take(self, sigma: float) -> Level:
+        """What was recorded, which is forgotten here."""
+        level = Level(sigma, self.sites, self.style)
+        self.sites, self.style = {}, {}
+        return level
+
+    def _look(self, h: Tensor, options: dict) -> Tensor:
+        if options["block"] in self.places:
+            kept = (x.to(self.keep_on, torch.float32) for x in moments(h.detach().float()))
+            self.style[place_name(options["block"])] = tuple(kept)
+        return h
+
+    def _look_output(self, h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+        return self._look(h, options), skip
 
     def __deepcopy__(self, memo: dict) -> _Recorder:
         return self
@@ -273,6 +349,8 @@ class _Recorder:
         patches = dict(options.get("patches", {}))
         # In front of the others, so that what is stored is what the block was given.
         patches["attn1_patch"] = [self._record, *patches.get("attn1_patch", [])]
+        patches["input_block_patch"] = [self._look, *patches.get("input_block_patch", [])]
+        patches["output_block_patch"] = [self._look_output, *patches.get("output_block_patch", [])]
         if self.cross:
             put = {site: tokens.to(x.device, x.dtype) for site, tokens in self.cross.items()}
             reads = _SourceCross(put, {site: block.attn2 for site, (_, block) in transformer_blocks(self.unet).items()})
@@ -284,19 +362,21 @@ class _Recorder:
 
 @dataclass(frozen=True, eq=False)
 class SourceReader:
-    """A SourceNet and what it reads anew at every step. Never changed once made.
+    """A net and what it reads anew at every step. Never changed once made.
 
     model: the MODEL, without HPFA, CAA and pose. latent: [B, C, h, w], scaled as the UNet takes it. conditioning: one
-    entry. cross: region tokens per site, which it also reads.
+    entry. cross: region tokens per site, which it also reads. noise: what the latent is noised with, [B, C, h, w]; None
+    for a SourceNet that was trained to read the clean latent at the sampler's timestep.
     """
 
     model: object
     latent: Tensor
     conditioning: list
     cross: Mapping[str, CrossTokens]
+    noise: Tensor | None = None
 
-    def read(self, timesteps: Tensor) -> dict[str, Tensor]:
-        """Site -> hidden states [B, M, C] at the timestep of a call [rows], on SourceNet's device, which the host has
+    def read(self, timesteps: Tensor, sigmas: Tensor | None = None) -> Level:
+        """What it reads at the timestep of a call [rows] and its noise level, on the net's device, which the host has
         loaded it on. Raises TruePoseError where the rows are at different timesteps."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if bool((timesteps != timesteps[0]).any()):
@@ -306,7 +386,13 @@ class SourceReader:
             )
         net, device = self.model.model, self.model.load_device
         latent = self.latent.to(device, torch.float32)
-        x, sigma = _clean_input(net.model_sampling, latent, timesteps[0].to(device))
+        if self.noise is None:
+            x, sigma = _clean_input(net.model_sampling, latent, timesteps[0].to(device))
+        else:
+            # The timestep is the nearest that the net knows; the noise is what the sampler has.
+            now = net.model_sampling.sigma(timesteps[:1]) if sigmas is None else sigmas.flatten()[:1]
+            sigma = now.to(latent).expand(latent.shape[0])
+            x = _noised(net.model_sampling, latent, self.noise, sigma)
         conds = comfy.sampler_helpers.convert_cond(self.conditioning)
         (cond,) = comfy.samplers.encode_model_conds(net.extra_conds, conds, latent, device, "positive")
         batch = {k: c.process_cond(batch_size=x.shape[0], area=None) for k, c in cond["model_conds"].items()}
@@ -318,7 +404,7 @@ class SourceReader:
             merge_nested_dicts(options.get("wrappers", {}), self.model.wrappers), wrappers
         )
         net.apply_model(x, sigma, transformer_options=options, **comfy.samplers.cond_cat([batch]))
-        return recorder.sites
+        return recorder.take(float("nan"))
 
 
 def _source_conditioning(model: object, latent: Tensor, conditioning: list | None) -> list:
@@ -354,16 +440,18 @@ def read_source(
     nothing: HostFeatures | None = None,
     anew: bool = False,
     match: str = "surface",
+    levels: int = 0,
 ) -> HostFeatures:
-    """Read the source person once: the normed hidden state in front of every self-attention.
+    """Read the source person: the normed hidden state in front of every self-attention.
 
     model: a MODEL (LoRA and other patches of it stay in force, HPFA and pose are taken off). latent: [B, C, h, w] as
     the VAE gives it. parsing: of the same pictures. conditioning: CONDITIONING or None for zeros. body: [B, 18, 3].
     caa: the region tokens, which travel on; cross: the same for each site of this model, which reads them.
     image: kept for models that carry the source along the skeleton. timestep: at which SourceNet reads. nothing: the
     same of a latent of zeros, for models whose unconditional rows read that. anew: whether the source shall be read
-    again at every step, which needs a SourceNet that is another net than TargetNet. match: what places on the body are,
-    as in `TruePoseConfig`.
+    again at every step. levels: 0 for a source that is read clean; else it is noised, and read at that many noise
+    levels, evenly spaced in the sampling. With anew and levels 1 it is also noised at every step, as untrained
+    checkpoints want it. match: what places on the body are, as in `TruePoseConfig`.
     """
     unet = unet_of(model, "the model")
     channels = model.model.latent_format.latent_channels
@@ -382,17 +470,23 @@ def read_source(
     reader.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SOURCE_KEY, recorder.on_model_call)
     guider = comfy.samplers.CFGGuider(reader)
     guider.inner_set_conds({"positive": conditioning})
-    guider.sample(torch.zeros_like(latent), latent, _ReadOnce(timestep), torch.zeros(1), disable_pbar=True)
+    noise, sampler = None, _ReadOnce(timestep)
+    if levels:
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        sampler = _ReadLevels(level_sigmas(model, levels), noise, recorder)
+    guider.sample(torch.zeros_like(latent), latent, sampler, torch.zeros(1), disable_pbar=True)
+    found = tuple(sampler.levels) if levels else (recorder.take(0.0),)
+    middle = found[len(found) // 2]
     again = None
     if anew:
         # As the host's guider does it: a latent of zeros stays one.
         scaled = model.model.process_latent_in(latent) if bool(latent.any()) else latent
-        again = SourceReader(bare, scaled, conditioning, cross)
+        again = SourceReader(bare, scaled, conditioning, cross, noise)
     size = (latent.shape[2], latent.shape[3])
     places = places_of(match, body, size[1] / size[0])
     return HostFeatures(
         family_of(model),
-        recorder.sites,
+        dict(middle.sites),
         size,
         parsing,
         body,
@@ -401,7 +495,17 @@ def read_source(
         surface=places,
         nothing=nothing,
         reader=again,
+        levels=found if levels and not anew else (),
+        style=middle.style,
     )
+
+
+def level_sigmas(model: object, count: int) -> list[float]:
+    """Noise levels in the middle of `count` equal parts of the sampling, from the highest."""
+    if count < 1:
+        raise TruePoseError(f"levels is {count}; expected 1 or more")
+    sampling = model.get_model_object("model_sampling")
+    return [float(sampling.percent_to_sigma((i + 0.5) / count)) for i in range(count)]
 
 
 class _SourceCross:
@@ -425,7 +529,7 @@ class AppliedSource:
     omega: weight per region, 7 numbers in [0, 1]. beta, gamma: region match and body match, >= 0. strength: (0, 1].
     sigmas: (highest, lowest) noise at which it works, or None for always. blocks: one of `BLOCKS`.
     keep_unconditional: whether negative rows see the source too; only_unconditional: whether nobody else does. target:
-    P, or None. target_body: [T, 18, 3].
+    P, or None. target_body: [T, 18, 3]. style: in [0, 1], how far the picture's moments become the source's.
 
     From a TruePose model's adapter: weights per site take the place of beta and gamma; cross are CAA's region tokens
     per site, which also give P unless the target parsing is `given`; aligned is what the carried source adds after
@@ -443,6 +547,7 @@ class AppliedSource:
     only_unconditional: bool = False
     target: HumanParsing | None = None
     target_body: Tensor | None = None
+    style: float = 0.0
     weights: Mapping[str, SiteWeights] | None = None
     cross: Mapping[str, CrossTokens] = field(default_factory=dict)
     given: bool = False
@@ -486,8 +591,13 @@ class AppliedSource:
 
     @property
     def has_effect(self) -> bool:
-        """False where strength or the region weights leave nothing to read."""
-        return bool(self.kept)
+        """False where strength or the region weights leave nothing to read, and no style is put on."""
+        return bool(self.kept) or self.styles
+
+    @property
+    def styles(self) -> bool:
+        """Whether the picture gets the source's style."""
+        return self.style > 0 and self.strength > 0
 
     @property
     def matches(self) -> bool:
@@ -532,16 +642,20 @@ class AppliedSource:
             widest = max(widest, count * tokens.shape[2] * itemsize)
         return total + 4 * widest
 
-    def on(self, device: torch.device, dtype: torch.dtype, site: str) -> _Kept:
-        """The kept tokens of a site on the device, copied at first use and freed by `release`."""
-        key = (device, dtype, site)
+    def on(self, device: torch.device, dtype: torch.dtype, site: str, level: int = 0) -> _Kept:
+        """The kept tokens of a site at a level of the source on the device, copied at first use and freed by `release`,
+        or when another level is asked for: a sampler does not come back."""
+        key = (device, dtype, site, level)
         with self._lock:
             if key not in self._copies:
-                self._copies[key] = self._copy(device, dtype, site)
+                for other in [k for k in self._copies if len(k) == 4 and k[3] != level]:
+                    del self._copies[other]
+                self._copies[key] = self._copy(device, dtype, site, level)
             return self._copies[key]
 
-    def _copy(self, device: torch.device, dtype: torch.dtype, site: str) -> _Kept:
-        tokens, kept = self.source.sites[site], self.kept[site]
+    def _copy(self, device: torch.device, dtype: torch.dtype, site: str, level: int) -> _Kept:
+        levels = self.source.levels
+        tokens, kept = (levels[level].sites if levels else self.source.sites)[site], self.kept[site]
         how, cross = self.site_weights(site), self.cross.get(site)
         matched = _is_on(how.beta) and (self.target is not None or cross is not None)
         rows = self.source.regions(site) if matched or how.region_log_weight is not None else None
@@ -707,7 +821,8 @@ def with_hpfa(model: object, applied: AppliedSource) -> object:
     """A clone of MODEL that also reads this source. Without effect (strength 0, all weights 0) it is the same model."""
     unet = unet_of(model, "the model")
     _check_fits(model, unet, applied.source)
-    if applied.reader is not None and applied.reader.model.model is model.model:
+    reader = applied.reader
+    if reader is not None and reader.noise is None and reader.model.model is model.model:
         raise TruePoseError(
             "this is the SourceNet that reads the source; connect the model output of Load TruePose Model"
         )
@@ -740,15 +855,16 @@ def without_caa(model: object) -> object:
     return _patched(model, applied_sources(model), ())
 
 
-def _source_nets(sources: Sequence[AppliedSource]) -> list:
-    """The MODELs that read these sources anew at every step, each net once. Raises TruePoseError where a net would have
-    to be patched in two ways."""
+def _source_nets(model: object, sources: Sequence[AppliedSource]) -> list:
+    """The MODELs beside this one that read these sources anew at every step, each net once. Raises TruePoseError where
+    a net would have to be patched in two ways."""
     found: dict[int, object] = {}
     for applied in sources:
-        if applied.reader is None:
+        # A checkpoint that reads for itself is loaded already, and reads with the weights that it samples with.
+        if applied.reader is None or applied.reader.model.model is model.model:
             continue
-        model = applied.reader.model
-        if found.setdefault(id(model.model), model).patches_uuid != model.patches_uuid:
+        net = applied.reader.model
+        if found.setdefault(id(net.model), net).patches_uuid != net.patches_uuid:
             raise TruePoseError(
                 "two sources are read at every step by one SourceNet with different LoRA or other patches; read both "
                 "with the same, or set source_reading to once"
@@ -773,7 +889,7 @@ def _patched(model: object, sources: tuple[AppliedSource, ...], caas: tuple[Appl
     clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, KEY)
     clone.remove_attachments(KEY)
     clone.remove_additional_models(KEY)
-    nets = _source_nets(sources)
+    nets = _source_nets(model, sources)
     if nets:
         clone.set_additional_models(KEY, nets)
     for kind, wrapper in wrappers.items():
@@ -911,7 +1027,9 @@ class _Call:
             self.size = tuple(x.shape[2:])
         self.visible = [a for a in active if any(a.seen_by(kind) for kind in self.chunks)]
         """The sources that any row sees."""
-        self._fresh: dict[SourceReader, dict[str, Tensor]] = {}
+        self._fresh: dict[SourceReader, Level] = {}
+        self.levels = {id(a): self._level(a.source) for a in self.visible}
+        """Which level of a source this call reads."""
         self._targets: dict = {}
         for applied in active:
             self._check_batch(applied)
@@ -976,19 +1094,51 @@ class _Call:
             more["attn2_output_patch"] = [_TargetCross(self, {s: module for s, (_, module) in blocks.items()})]
         if any(a.aligned is not None for a in self.active):
             more["input_block_patch"] = [self._after_first]
+        if any(a.styles for a in self.visible):
+            more["input_block_patch"] = [*more.get("input_block_patch", []), self._style_input]
+            more["output_block_patch"] = [self._style_output]
         options["patches"] = with_patches(options, more)
         return options
+
+    def _level(self, source: SourceFeatures) -> int:
+        if len(source.levels) < 2:
+            return 0
+        sigmas = self.options.get("sigmas")
+        return len(source.levels) // 2 if sigmas is None else nearest_level(source.levels, float(sigmas.flatten()[0]))
 
     def read_sources(self, timesteps: Tensor | None) -> None:
         """Read what is read anew at every step, for this call's timesteps [rows]."""
         for reader in dict.fromkeys(a.reader for a in self.visible if a.reader is not None):
-            self._fresh[reader] = reader.read(timesteps)
+            self._fresh[reader] = reader.read(timesteps, self.options.get("sigmas"))
+
+    def style_of(self, applied: AppliedSource) -> Style:
+        """The moments of a source that this call goes by."""
+        if applied.reader is not None:
+            return self._fresh[applied.reader].style
+        levels = applied.source.levels
+        return levels[self.levels[id(applied)]].style if levels else getattr(applied.source, "style", {})
+
+    def _style_input(self, h: Tensor, options: dict) -> Tensor:
+        """An input block patch: the sources' moments in place of the picture's own, for the rows that see them."""
+        place, parts = place_name(options["block"]), list(h.split(self.rows))
+        for number, kind in enumerate(self.chunks):
+            styles = [(a, self.style_of(a)) for a in self.visible if a.styles and a.seen_by(kind)]
+            styles = [(a, style[place]) for a, style in styles if place in style]
+            own = parts[number]
+            for applied, found in styles:
+                mean, deviation = (x.to(own).repeat_interleave(self.rows // x.shape[0], 0) for x in found)
+                share = applied.style / len(styles)
+                parts[number] = parts[number] + share * (restyled(own, mean, deviation) - own)
+        return torch.cat(parts)
+
+    def _style_output(self, h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+        return self._style_input(h, options), skip
 
     def tokens(self, applied: AppliedSource, kept: _Kept, site: str, like: Tensor) -> Tensor:
         """The tokens of a source that one site reads in this call: [S, K, C]."""
         if applied.reader is None:
             return kept.tokens
-        tokens = self._fresh[applied.reader][site].to(like)
+        tokens = self._fresh[applied.reader].sites[site].to(like)
         return tokens if kept.index is None else gather_tokens(tokens, kept.index)
 
     def _after_first(self, h: Tensor, options: dict) -> Tensor:
@@ -1034,7 +1184,8 @@ class _Call:
             for chunks, sources in self.groups():
                 for applied in sources:
                     if site in applied.kept and site in applied.cross:
-                        yield _Reader(chunks, applied.on(device, dtype, site).cross, applied, None)
+                        kept = applied.on(device, dtype, site, self.levels[id(applied)])
+                        yield _Reader(chunks, kept.cross, applied, None)
         for caa in self.caas:
             sees = [not self.hidden and (caa.keep_unconditional or kind != UNCONDITIONAL) for kind in self.chunks]
             for empty in (False, True):
@@ -1163,7 +1314,7 @@ class _Replace:
         for applied in sources:
             if self.site not in applied.kept:
                 continue
-            kept = applied.on(q.device, q.dtype, self.site)
+            kept = applied.on(q.device, q.dtype, self.site, self.call.levels[id(applied)])
             if id(applied) not in projected:
                 read = self.call.tokens(applied, kept, self.site, q)
                 projected[id(applied)] = (self.attn.to_k(read), self.attn.to_v(read))

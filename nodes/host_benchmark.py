@@ -1,7 +1,8 @@
-"""What HPFA costs inside ComfyUI, measured there: `truepose benchmark --host` runs this file with the host's Python.
+"""What HPFA costs inside ComfyUI, measured there: `truepose benchmark --host` and `--editors` run this file with the
+host's Python (host_benchmark_steps.py and host_benchmark_editors.py).
 
-Each thing is one guided step (a positive and a negative row) of an SD1.5-shaped UNet of random weights, through the
-host's own guider, so that batching, casting and attention are the host's.
+With `--host` each thing is one guided step (a positive and a negative row) of an SD1.5-shaped UNet of random weights,
+through the host's own guider, so that batching, casting and attention are the host's.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     if given["device"] == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     _boot(Path(given["folder"]), given["device"] != "cpu")
-    measure = importlib.import_module(f"{BOOT}.nodes.host_benchmark_steps").measure
+    measure = importlib.import_module(f"{BOOT}.nodes.host_benchmark_{given['what']}").measure
     with torch.inference_mode():
         result = measure(given["quick"], given["repeats"])
     sys.stdout.flush()

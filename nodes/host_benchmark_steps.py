@@ -32,6 +32,10 @@ BLOCK = 64
 """Pixels along a side of the squares that are person or background: whole tokens at every level of SD1.5."""
 SHARE = 0.4
 READING = "reading the source, once"
+LEVELS = (2, 4, 8)
+"""Noise levels that a source is read at."""
+STEPS, POSES = 25, 4
+"""Of the runs over which readings are spread."""
 
 
 def _flops(q: tuple, k: tuple, v: tuple, *args: object, out_val: object = None, **kwargs: object) -> int:
@@ -178,16 +182,19 @@ def measure(quick: bool, repeats: int | None, shape: Shape | None = None) -> dic
         return host.read_source(model, latent, parsing, conditioning)
 
     source = read()
+    anew = host.read_source(model, latent, parsing, conditioning, levels=1, anew=True)
 
-    def applied(omega: tuple[float, ...], keep: bool, **more: object) -> object:
+    def applied(omega: tuple[float, ...], keep: bool, source: host.HostFeatures = source, **more: object) -> object:
         return host.with_hpfa(model, host.AppliedSource(source, omega, keep_unconditional=keep, **more))
 
     match = {"beta": 2.0, "target": parsing}
     models = {
         "plain": model,
         "all tokens": applied(ALL, True),
+        "all tokens, source read at every step": applied(ALL, True, source=anew),
         "all tokens, negative row without": applied(ALL, False),
         "person": applied(PERSON, True),
+        "person, source read at every step": applied(PERSON, True, source=anew),
         "person, negative row without": applied(PERSON, False),
         "person, negative row without, region match": applied(PERSON, False, **match),
     }
@@ -216,13 +223,6 @@ def measure(quick: bool, repeats: int | None, shape: Shape | None = None) -> dic
     bar.close()
     for values in found.values():
         values["seconds"] = median(values["readings"])
-    # What a patch that runs the source at every step costs: one more pass, then the step with all tokens.
-    each = [found["all tokens"], found[READING]]
-    found["all tokens, source read at every step"] = {
-        "flops": sum(x["flops"] for x in each),
-        "seconds": sum(x["seconds"] for x in each),
-        "peak_bytes": None,
-    }
     plain = found["plain"]
     rows = []
     for name, values in found.items():
@@ -254,4 +254,25 @@ def measure(quick: bool, repeats: int | None, shape: Shape | None = None) -> dic
         "source_mb": source.nbytes / 2**20,
         "source_dtype": str(next(iter(source.sites.values())).dtype).removeprefix("torch."),
         "steps": rows,
+        "run_steps": STEPS,
+        "run_poses": POSES,
+        "runs": runs(found),
     }
+
+
+def runs(found: dict[str, dict]) -> list[dict]:
+    """A run of `STEPS` steps, and one with the same source for each of `POSES` poses, over as many plain steps: what is
+    read before is read once for all of them."""
+    plain, reading = found["plain"], found[READING]
+    rows = []
+    for tokens in ("all tokens", "person"):
+        readings = {"once": 1, **{f"{n} noise levels": n for n in LEVELS}, "every step": 1}
+        for how, passes in readings.items():
+            step = found[f"{tokens}, source read at every step" if how == "every step" else tokens]
+            row = {"tokens": tokens, "reading": how}
+            for poses in (1, POSES):
+                for key, what in (("counted", "flops"), ("timed", "seconds")):
+                    total = passes * reading[what] + poses * STEPS * step[what]
+                    row[f"{key}_{poses}"] = total / (poses * STEPS * plain[what])
+            rows.append(row)
+    return rows

@@ -13,7 +13,7 @@ import folder_paths
 from truepose_core.models.known import Progress
 
 FOLDER = "truepose"
-SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".ckpt", ".bin", ".npz")
 
 
 def register_folder() -> None:
@@ -26,6 +26,11 @@ def register_folder() -> None:
 def files(suffix: str) -> list[str]:
     """The files in models/truepose that end so, with their subfolders, as the host's lists name them."""
     return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(suffix)]
+
+
+def find(name: str) -> Path:
+    """The path of a file that `files` lists."""
+    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
 def folders() -> list[Path]:

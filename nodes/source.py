@@ -32,7 +32,8 @@ from .schema import (
 LEARNED = "learned"
 MATCHES = (LEARNED, "as set")
 AS_PUBLISHED = "as published"
-READINGS = (AS_PUBLISHED, "once")
+ONCE, LEVELS, EVERY_STEP = "once", "noise levels", "every step"
+READINGS = (AS_PUBLISHED, ONCE, LEVELS, EVERY_STEP)
 ADAPTER_HINT = (
     "Only for a model that does not carry its adapter along. Models of Load TruePose Model need no connection here."
 )
@@ -145,9 +146,23 @@ class SourceNetEncode(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Only for Leffa; all other models read once and ignore it. as published: SourceNet reads the "
-                        "source at every step, and is loaded beside the model while sampling. once: it reads now, in "
-                        "the middle of the sampling's noise, which is Leffa's own faster mode."
+                        "How often and how noisy the source is read. as published: as the model was trained (Leffa at "
+                        "every step, the others once and clean); checkpoints without training at noise levels. noise "
+                        "levels: noised, and read now at a few levels; each step uses the nearest. every step: noised "
+                        "to the step, and read again there. once: clean; for Leffa its own faster mode."
+                    ),
+                ),
+                known(
+                    io.Int.Input,
+                    id="levels",
+                    default=4,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How many noise levels the source is read at, for noise levels. Each costs a pass and the "
+                        "memory of one reading, once for all poses, seeds and steps."
                     ),
                 ),
             ],
@@ -171,6 +186,7 @@ class SourceNetEncode(io.ComfyNode):
         adapter: host_model.Adapter | None = None,
         caa: host_vision.SourceCAA | None = None,
         source_reading: str = AS_PUBLISHED,
+        levels: int = 4,
     ) -> io.NodeOutput:
         check_parsing(parsing, image, "the parsing")
         host.unet_of(model, "the model")
@@ -184,7 +200,14 @@ class SourceNetEncode(io.ComfyNode):
         if adapter is None:
             picture, parsing, body = padded_to(picture, parsing, body, host.cell_size(vae))
             latent = vae.encode(picture.movedim(1, -1))
-            return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body, cross=cross))
+            reading = LEVELS if source_reading == AS_PUBLISHED else source_reading
+            noisy = {ONCE: {}, LEVELS: {"levels": levels}, EVERY_STEP: {"levels": 1, "anew": True}}[reading]
+            return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body, cross=cross, **noisy))
+        if source_reading in (LEVELS, EVERY_STEP):
+            raise TruePoseError(
+                f"this {adapter.config.family} model says how it was trained to read its source; set source_reading to "
+                f"{AS_PUBLISHED} or {ONCE}"
+            )
         picture, parsing, body = fitted_to(adapter, picture, parsing, body)
         latent = vae.encode(picture.movedim(1, -1))
         tokens = adapter.region_tokens(picture, parsing) if caa is None or not caa.trained else caa.tokens
@@ -341,6 +364,20 @@ class ApplyHPFA(io.ComfyNode):
                         "read. as set: the two numbers, for every head. Other models always use the numbers."
                     ),
                 ),
+                known(
+                    io.Float.Input,
+                    id="style",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How far the picture takes on the source's mean and contrast of features (AdaIN, as in "
+                        "reference only): light and colours of the whole source, whatever the region weights."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the source. Connect it to any sampler.")
@@ -370,6 +407,7 @@ class ApplyHPFA(io.ComfyNode):
         target_pose: object = None,
         adapter: host_model.Adapter | None = None,
         match: str = LEARNED,
+        style: float = 0.0,
     ) -> io.NodeOutput:
         applied = applied_source(
             host_model.adapter_of(model, adapter),
@@ -384,6 +422,7 @@ class ApplyHPFA(io.ComfyNode):
             sigmas=host.sigma_window(model, start_percent, end_percent),
             blocks=blocks,
             keep_unconditional=unconditional == "keep",
+            style=style,
         )
         return io.NodeOutput(host.with_hpfa(model, applied))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from truepose_core.attention.caa import RegionTokens
 from truepose_core.attention.hpfa import region_rows_weight
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import Level, SourceFeatures
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import REGION_NAMES, Region
 
@@ -23,8 +23,8 @@ OUTWARDS = (Region.SKIN, Region.LOWER, Region.UPPER, Region.FACE, Region.HAIR, R
 class CombinedFeatures(SourceFeatures):
     """Features of several sources, one behind the other at every site; made by `combine_sources` (ours).
 
-    sites: [B, M1 + M2 + ..., C]. parsing, body, image, context, latent_size: those of the first
-    part. parts: the sources.
+    sites: [B, M1 + M2 + ..., C]. parsing, body, image, context, surface, latent_size: those of the first part. parts:
+    the sources.
     weights: [K, 7] in [0, 1], how much of each region is read from each part. A token's region row is scaled by its
     part's weights, so w(j) = sum_r omega_r weight_r R(j, r), and tokens of regions that are not taken are dropped.
     """
@@ -132,6 +132,10 @@ def combine_sources(
         raise TruePoseError(
             "this model reads its source anew at every step, so sources cannot be combined; leave the donor out"
         )
+    if [level.sigma for level in source.levels] != [level.sigma for level in donor.levels]:
+        raise TruePoseError(
+            "the source and the donor were read at other noise levels; read both in the same way, at as many levels"
+        )
     if not bool(share.any()):
         return source
     if bool((share == 1).all()):
@@ -148,7 +152,16 @@ def combine_sources(
         own = features.parts if isinstance(features, CombinedFeatures) else (features,)
         parts += own
         weights += [factor * w for w in features.weights] if isinstance(features, CombinedFeatures) else [factor]
-    sites = {site: torch.cat([p.sites[site].expand(batch, -1, -1) for p in parts], 1) for site in source.sites}
+
+    def joined(sites: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([own[name].expand(batch, -1, -1) for own in sites], 1) for name in sites[0]}
+
+    levels = tuple(
+        Level(level.sigma, joined([p.levels[i].sites for p in parts]), level.style)
+        for i, level in enumerate(parts[0].levels)
+    )
+    # The middle level's tensors, not a copy of them.
+    sites = dict(levels[len(levels) // 2].sites) if levels else joined([p.sites for p in parts])
     table = torch.stack(weights)
     # Everything that counts sources asks the first part, so it has them all.
     first = parts[0] if parts[0].batch == batch else _repeated(parts[0], batch)
@@ -162,6 +175,7 @@ def combine_sources(
         first.image,
         first.context,
         surface=first.surface,
+        levels=levels,
         parts=(first, *parts[1:]),
         weights=table,
     )
@@ -180,6 +194,7 @@ def _repeated(features: SourceFeatures, batch: int) -> SourceFeatures:
         caa=None if caa is None else RegionTokens(many(caa.tokens), many(caa.shown)),
         image=many(features.image),
         context=many(features.context),
+        surface=None if features.surface is None else features.surface.repeated(batch),
     )
 
 

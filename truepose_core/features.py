@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +49,30 @@ def _paired(target_body: Tensor, *of_sources: Tensor) -> tuple[Tensor, ...]:
     return *(x.repeat_interleave(count // sources, 0) for x in of_sources), target_body
 
 
+NOISE_SEED = 0
+"""Of the noise that a source is read with: always the same, so that what is read is."""
+_LEAST_SIGMA = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """What was read of a source at one noise level.
+
+    sigma: standard deviation of the noise beside a picture of 1; 0 for the clean source. sites: as in SourceFeatures.
+    style: place between two blocks -> mean and deviation of each channel there, [B, C, 1, 1] each.
+    """
+
+    sigma: float
+    sites: Mapping[str, Tensor]
+    style: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def nearest_level(levels: tuple[Level, ...], sigma: float) -> int:
+    """The level that is nearest to a noise level in log-SNR, which is nearest in log sigma."""
+    at = math.log(max(sigma, _LEAST_SIGMA))
+    return min(range(len(levels)), key=lambda i: abs(math.log(max(levels[i].sigma, _LEAST_SIGMA)) - at))
+
+
 @dataclass(frozen=True, eq=False)
 class SourceFeatures:
     """Per attention site the source's normed hidden states, and where they lie on the person.
@@ -60,6 +86,8 @@ class SourceFeatures:
     context: what cross-attention reads, [B, T, c], where that is an embedding of the source picture; else None.
     latent: the source's [B, C, h, w], where SourceNet runs during sampling (`sites` is then empty); else None.
     surface: the source people's bodies, where places and priors go by the body's surface; None: by the skeleton.
+    levels: what was read at each noise level, from the highest, of which `sites` are the middle one; empty where the
+    source was read once.
     """
 
     family: str
@@ -72,6 +100,7 @@ class SourceFeatures:
     context: Tensor | None = None
     latent: Tensor | None = None
     surface: SurfacePlaces | None = None
+    levels: tuple[Level, ...] = ()
     # Not an argument, so that `dataclasses.replace` never carries rows of another parsing along.
     _rows: dict[tuple[str, Any], Any] = field(init=False, default_factory=dict, repr=False)
 
@@ -159,6 +188,10 @@ class SourceFeatures:
         object.__setattr__(other, "_rows", self._rows)
         return other
 
+    def at(self, sigma: float) -> SourceFeatures:
+        """The source as it was read at the level nearest to this one."""
+        return self.with_sites(dict(self.levels[nearest_level(self.levels, sigma)].sites))
+
     @property
     def batch(self) -> int:
         """How many sources: B."""
@@ -179,6 +212,24 @@ class SourceFeatures:
         image = None if self.image is None else self.image.to(device=device)
         context, latent = (None if x is None else x.to(device=device, dtype=dtype) for x in (self.context, self.latent))
         parsing = self.parsing.to(device)
+        levels = tuple(
+            Level(
+                level.sigma,
+                {k: v.to(device=device, dtype=dtype) for k, v in level.sites.items()},
+                {k: tuple(x.to(device) for x in v) for k, v in level.style.items()},
+            )
+            for level in self.levels
+        )
         return SourceFeatures(
-            self.family, sites, self.latent_size, parsing, body, caa, image, context, latent, self.surface
+            self.family,
+            sites,
+            self.latent_size,
+            parsing,
+            body,
+            caa,
+            image,
+            context,
+            latent,
+            surface=self.surface,
+            levels=levels,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +21,18 @@ from torch import Tensor
 from truepose_core.alignment.control3d import framed_body, target_bodies
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import SourceFeatures, nearest_level
 from truepose_core.framing import Frame, fit
 from truepose_core.guidance import combine_guidance, guidance_factors, rescale_guidance, weigh_region_tokens
+from truepose_core.guidance.field import (
+    FieldGuidance,
+    PoseEnergy,
+    clean_estimate,
+    field_step,
+    load_energy,
+    moved_prediction,
+    signal_share,
+)
 from truepose_core.models.config import SKELETON
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.processors import CrossAttention, SelfAttention, attention_sites
@@ -35,6 +45,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """The colours that CLIP's picture encoders were trained with (arXiv 2103.00020)."""
 TILE = 64
 """Sides of pictures for a VAE model are rounded up to this, so that every UNet level has a whole grid."""
+
+
+ONCE, NOISE_LEVELS, EVERY_STEP = "once", "noise levels", "every step"
+READINGS = (ONCE, NOISE_LEVELS, EVERY_STEP)
+"""How a net that was not trained to read a source may read it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class TruePosePipeline(DiffusionPipeline):
             image_encoder=image_encoder,
         )
         self.model: TruePoseModel | None = None
+        self._energy: tuple[str | Path | None, PoseEnergy] | None = None
 
     @classmethod
     def from_model(
@@ -144,11 +160,19 @@ class TruePosePipeline(DiffusionPipeline):
         body: Tensor | None = None,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
+        source_reading: str | None = None,
+        levels: int = 4,
     ) -> SourceFeatures:
-        """Run SourceNet once. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised
+        """Run SourceNet. image [S, 3, H, W] in [0, 1]; parsing of the same size; body [S, 18, 3] normalised
         keypoints of the source person, or None (no skeleton prior and no body match then). context: text, or the
-        picture's embedding [S, 1, c], which is read with the image encoder where it is not given."""
+        picture's embedding [S, 1, c], which is read with the image encoder where it is not given.
+
+        source_reading, for nets that were not trained to read a source: "once" (clean), "noise levels" (noised, at
+        `levels` of them, of which each step of the sampling takes the nearest), "every step" (noised to the step, and
+        read again there). None: as the model was trained, else "noise levels".
+        """
         self._check_source(image, parsing, body)
+        reading = self._reading(source_reading)
         if context is None and self.model.config.behaviour.context == "image":
             context = self.encode_image(image)
         frame = self.frame((image.shape[-2], image.shape[-1]))
@@ -162,7 +186,36 @@ class TruePosePipeline(DiffusionPipeline):
             body,
             context,
             pooled,
+            noised_at=self._levels(levels) if reading == NOISE_LEVELS else (),
+            keep_latent=reading == EVERY_STEP,
         )
+
+    def _reading(self, asked: str | None) -> str:
+        """How the source is read. Raises TruePoseError where the model says how it was trained."""
+        untrained = self.model.config.behaviour.source_timestep == "noised"
+        if asked is None:
+            return NOISE_LEVELS if untrained else ONCE
+        if asked not in READINGS:
+            raise TruePoseError(f"source_reading is {asked!r}; expected one of {', '.join(READINGS)}")
+        if not untrained:
+            raise TruePoseError(
+                f"this {self.model.config.family} model says how it was trained to read its source; leave "
+                "source_reading out"
+            )
+        return asked
+
+    def _levels(self, count: int) -> list[tuple[int, float]]:
+        """(timestep, sigma) in the middle of `count` equal parts of the training timesteps, from the highest."""
+        if count < 1:
+            raise TruePoseError(f"levels is {count}; expected 1 or more")
+        total = len(self.scheduler.alphas_cumprod)
+        steps = [round((1 - (i + 0.5) / count) * (total - 1)) for i in range(count)]
+        return [(step, self._sigma(step)) for step in steps]
+
+    def _sigma(self, timestep: int | Tensor) -> float:
+        """The noise at a timestep, beside a picture of 1."""
+        kept = float(self.scheduler.alphas_cumprod[int(timestep)])
+        return ((1 - kept) / kept) ** 0.5
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -218,6 +271,9 @@ class TruePosePipeline(DiffusionPipeline):
         canvas: Tensor | None = None,
         mask: Tensor | None = None,
         source_once: bool = False,
+        field_guidance: FieldGuidance | None = None,
+        source_reading: str | None = None,
+        levels: int = 4,
         target_pose: BodyPose | None = None,
         source_pose: BodyPose | None = None,
         control_strength: float = 1.0,
@@ -240,6 +296,8 @@ class TruePosePipeline(DiffusionPipeline):
         canvas, mask: for models that fill a mask: the picture [B, 3, height, width] in [0, 1] to keep outside of it,
             and where to make the picture, [B, 1, height, width]. Without them all of it is made.
         source_once: read the source at the middle step only, where the model reads it anew at every step.
+        field_guidance: how the pose interaction field moves the estimates towards the target pose; None is not at all.
+        source_reading, levels: see `encode_source`; SourceFeatures are read as they were encoded.
         target_pose, source_pose: for models with 3D guidance, the bodies [B or 1] and [S] on the output picture and on
             the source, where they are known; else they are lifted from the keypoints. control_strength >= 0: a factor
             on what that guidance adds.
@@ -262,7 +320,7 @@ class TruePosePipeline(DiffusionPipeline):
         if features is None:
             if source_parsing is None:
                 raise TruePoseError("a source image needs its human parsing; none was given")
-            features = self.encode_source(source, source_parsing, source_body, context, pooled)
+            features = self.encode_source(source, source_parsing, source_body, context, pooled, source_reading, levels)
         behaviour = model.config.behaviour
         if guidance_source is None:
             guidance_source = behaviour.guidance
@@ -321,10 +379,11 @@ class TruePosePipeline(DiffusionPipeline):
             with_context = features.context.repeat_interleave(batch // features.context.shape[0], 0)
             without = torch.zeros_like(with_context)
         factors = guidance_factors(guidance_pose, guidance_source)
+        energy = self._pose_energy(field_guidance, device)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         steps = self.scheduler.timesteps
-        middle = steps[len(steps) // 2]
+        middle, level = steps[len(steps) // 2], None
         latents = latents * self.scheduler.init_noise_sigma
         with self.progress_bar(total=len(steps)) as bar:
             for i, t in enumerate(steps):
@@ -333,6 +392,13 @@ class TruePosePipeline(DiffusionPipeline):
                     if factors[0] != 0 or factors[1] != 0:
                         alone = posed = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
                     full = replace(full, source=model.source_at(features, read_at), kv={})
+                elif full.source is not None and features.latent is not None:
+                    read = model.source_noised(features, t, self._sigma(t), context, pooled)
+                    full = replace(full, source=full.source.with_sites(read.sites), kv={})
+                elif full.source is not None and features.levels:
+                    near = nearest_level(features.levels, self._sigma(t))
+                    if near != level:
+                        level, full = near, replace(full, source=full.source.at(self._sigma(t)), kv={})
                 calls = (
                     (alone, None, without, None, no_channels),
                     (posed, pose, without, None, channels),
@@ -347,6 +413,8 @@ class TruePosePipeline(DiffusionPipeline):
                 prediction = combine_guidance(*predictions, guidance_pose, guidance_source)
                 if guidance_rescale > 0 and predictions[2] is not None:
                     prediction = rescale_guidance(prediction, predictions[2], guidance_rescale)
+                if energy is not None and field_guidance.works_at(self._share(t)):
+                    prediction = self._guide(prediction, x.float(), t, body, energy, field_guidance, frame)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
                 if callback_on_step_end is not None:
                     given = callback_on_step_end(self, i, int(t), {"latents": latents})
@@ -359,6 +427,43 @@ class TruePosePipeline(DiffusionPipeline):
                 f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
             )
         return TransferOutput(frame.restore(images), features)
+
+    def _pose_energy(self, options: FieldGuidance | None, device: torch.device) -> PoseEnergy | None:
+        """The networks of the field's guidance on the device; None where it does nothing."""
+        if options is None or options.scale == 0:
+            return None
+        if self._energy is None or self._energy[0] != options.predictor:
+            self._energy = options.predictor, load_energy(options.predictor, self.model.config.codec == "pixels")
+        return self._energy[1].to(device)
+
+    def _share(self, t: Tensor) -> float:
+        """How much of the sampling is done at a timestep, 0..1, as the hosts count it."""
+        return 1 - float(t) / (self.scheduler.config.num_train_timesteps - 1)
+
+    def _guide(
+        self,
+        prediction: Tensor,
+        x: Tensor,
+        t: Tensor,
+        body: Tensor,
+        energy: PoseEnergy,
+        options: FieldGuidance,
+        frame: Frame,
+    ) -> Tensor:
+        """The prediction with its estimate of the clean latent moved by the field. x: the network's input."""
+        config = self.model.config
+        height, width = frame.size_model
+        kind = config.prediction_type
+        alpha = signal_share(self.scheduler.alphas_cumprod, t)
+        step = field_step(
+            energy,
+            clean_estimate(prediction, x, alpha, kind),
+            options,
+            aspect=width / height,
+            patch=config.patch if config.codec == "pixels" else None,
+            target=body,
+        )
+        return moved_prediction(prediction, step, alpha, kind)
 
     def _target_pose(
         self,

@@ -24,7 +24,7 @@ ABOUT = ("feet", "hips", "centre")
 
 _NOSE, _NECK, _R_WRIST, _L_WRIST = 0, 1, 4, 7
 _ANKLES, _HIPS, _SHOULDERS, _HEAD = (10, 13), (8, 11), (2, 5), (0, 14, 15, 16, 17)
-_BODY_MIRROR = tuple(
+BODY_MIRROR = tuple(
     BODY_KEYPOINTS.index({"r": "l", "l": "r"}[name[0]] + name[1:] if name[1] == "_" else name)
     for name in BODY_KEYPOINTS
 )
@@ -65,7 +65,7 @@ def mirror_person(person: Person, axis: float = 0.5) -> Person:
         return points if points is None or order is None else points[list(order)]
 
     named = Person(
-        swapped(person.body, _BODY_MIRROR),
+        swapped(person.body, BODY_MIRROR),
         swapped(person.hand_right),
         swapped(person.hand_left),
         swapped(person.face, FACE_MIRROR),

@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from truepose_core.mannequin import PairBatch, sample_pairs
+from truepose_core.body.pose import BodyPose
+from truepose_core.mannequin import PairBatch, Rendering, sample_pairs, sample_poses
 from truepose_core.models.config import mannequin_config
 from truepose_core.models.model import TruePoseModel
 from truepose_core.parsing import HumanParsing
@@ -40,3 +41,14 @@ def source_of(pairs: PairBatch, rows: slice = slice(None)) -> tuple[torch.Tensor
     """(image, parsing, keypoints) of the sources."""
     source = pairs.source
     return source.image[rows], HumanParsing(source.parsing[rows]), source.keypoints[rows]
+
+
+def body_of(side: Rendering) -> BodyPose:
+    """The true bodies of rendered people."""
+    return BodyPose(side.theta, side.beta, side.camera)
+
+
+def standing(count: int, seed: int = 0, scale: float = 0.42) -> BodyPose:
+    """Poses of the world on average bodies, each about in the middle of its frame."""
+    camera = torch.tensor([[scale, 0.01, -0.06]]).repeat(count, 1)
+    return BodyPose(sample_poses(range(count), seed).theta, torch.zeros(count, 10), camera)

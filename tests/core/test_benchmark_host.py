@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from truepose_core.benchmark import host as module
-from truepose_core.benchmark.host import choose_host, find_host, find_pack, host_tables, measure_host
+from truepose_core.benchmark.host import (
+    choose_host,
+    editor_tables,
+    find_host,
+    find_pack,
+    host_tables,
+    measure_host,
+)
 from truepose_core.errors import TruePoseError
 
 RESULT = {
@@ -29,6 +36,14 @@ RESULT = {
     "steps": [
         {"what": "plain", "counted": 1.0, "timed": 1.0, "seconds": 2.0, "extra_peak_mb": 0.0},
         {"what": "person", "counted": 1.1, "timed": 1.2, "seconds": 2.4, "extra_peak_mb": None},
+    ],
+    "run_steps": 25,
+    "run_poses": 4,
+    "runs": [
+        {
+            **{"tokens": "person", "reading": "4 noise levels"},
+            **{"counted_1": 1.2, "timed_1": 1.3, "counted_4": 1.12, "timed_4": 1.15},
+        }
     ],
 }
 
@@ -95,7 +110,9 @@ def test_the_child_is_told_what_to_do_and_its_last_line_is_the_result(tmp_path, 
     script.write_text("import json, sys\nprint('chatter')\nprint(json.dumps({'given': json.load(sys.stdin)}))\n")
     host = choose_host(str(make_comfyui(tmp_path / "comfy_folder")))
     result = measure_host(host, quick=True, device="cpu", repeats=2)
-    assert result == {"given": {"folder": str(host.folder), "quick": True, "device": "cpu", "repeats": 2}}
+    given = {"folder": str(host.folder), "quick": True, "device": "cpu", "repeats": 2}
+    assert result == {"given": {**given, "what": "steps"}}
+    assert measure_host(host, quick=True, device="cpu", repeats=2, what="editors")["given"]["what"] == "editors"
     script.write_text("print('no room')\nraise SystemExit(3)\n")
     with pytest.raises(TruePoseError, match=r"ended with 3.*no room"):
         measure_host(host, quick=True, device="cpu", repeats=None)
@@ -105,5 +122,37 @@ def test_the_table_shows_every_step_and_what_the_columns_mean():
     text = host_tables(json.loads(json.dumps(RESULT)))
     assert "ComfyUI 1.2.3" in text and "40% of them" in text
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| p")]
-    assert [row[1].strip() for row in rows] == ["plain", "person"]
+    assert [row[1].strip() for row in rows] == ["plain", "person", "person"]
     assert [c.strip() for c in rows[1][2:6]] == ["1.100", "1.200", "2.400", "-"]
+    assert [c.strip() for c in rows[2][2:7]] == ["4 noise levels", "1.200", "1.300", "1.120", "1.150"]
+    assert "25 steps x 4 poses, counted" in text
+
+
+def test_the_tables_of_editors_say_what_was_counted_and_what_was_not():
+    row = {"model": "an editor", "references": 2, "tokens": 0.4, "box": 0.9, "kept": 0.5, "match": 0.51, "cropped": 0.9}
+    timed = {"model": "a small editor", "references": 1, "tokens": 0.4, "what": "kept", "counted": 0.6, "timed": 0.61}
+    result = {
+        "machine": RESULT["machine"],
+        "size": "1024x1024",
+        "steps": 20,
+        "fill": 0.41,
+        "counted": [{**row, "cache": None, "cache_kept": None}, {**row, "cache": 0.4, "cache_kept": 0.3}],
+        "timed": [{**timed, "seconds": 1.5, "saved_peak_mb": None}],
+    }
+    text = editor_tables(result)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert ["an editor", "2", "40%", "0.500", "0.510", "0.900", "-", "-"] in lines
+    assert ["an editor", "2", "40%", "0.500", "0.510", "0.900", "0.400", "0.300"] in lines
+    assert ["a small editor", "1", "40%", "kept", "0.600", "0.610", "1.500", "-"] in lines
+    assert "fills 41%" in text and "over 20 steps" in text
+
+
+def test_two_measurements_at_once_are_refused():
+    import argparse
+
+    from truepose_core import benchmark
+
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    with pytest.raises(TruePoseError, match="choose one"):
+        benchmark.run(parser.parse_args(["--host", "--editors"]))

@@ -151,8 +151,23 @@ def test_options_reach_a_folders_model(inputs, folders, tmp_path):
         ("--guidance-source", "2"),
         ("--seed", "1"),
         ("--dtype", "bfloat16"),
+        ("--source-reading", "once"),
+        ("--source-reading", "every-step"),
+        ("--levels", "1"),
     ):
         assert picture(*options) != plain, options
+
+
+def test_how_a_source_is_read_is_refused_where_it_has_no_say(capsys, inputs, folders, tmp_path):
+    out = tmp_path / "out.png"
+    for options, words in (
+        (("--source-reading", "once", "--levels", "2"), "--levels is for --source-reading noise-levels"),
+        (("--source-reading", "every-step", "--from", f"upper={inputs / 'person.png'}"), "--from is not for"),
+    ):
+        assert main(command(inputs, folders["sd15"], out, *options)) == 2
+        assert words in capsys.readouterr().err
+    assert main(command(inputs, "bundled", out, "--levels", "2")) == 2
+    assert "says how it was trained to read its source" in capsys.readouterr().err
 
 
 def test_a_controlnet_carries_the_pose(capsys, inputs, folders, tmp_path):

@@ -18,6 +18,9 @@ from test_family_cfld import SMALL as SMALL_CFLD
 from test_family_cfld import infos, original, planned
 from test_family_cfld import model as cfld_model
 
+from truepose_core.body.person import lift_person
+from truepose_core.body.pictures import CHAMP_MAPS
+from truepose_core.body.reading import write_body
 from truepose_core.cli import main
 from truepose_core.cli.conditions import load_beside
 from truepose_core.images import load_image, save_image
@@ -25,7 +28,7 @@ from truepose_core.models.cfld import CFLDPipeline, load_cfld
 from truepose_core.models.folder import load_image_encoder
 from truepose_core.models.store import load_model
 from truepose_core.pipeline import TruePosePipeline
-from truepose_core.pose import body_tensor
+from truepose_core.pose import body_tensor, write_pose
 from truepose_core.pose_gallery import gallery_pose
 
 CONVERTED = "converted.safetensors"
@@ -182,9 +185,12 @@ def library(name: str, file: str) -> torch.Tensor:
         load_model(file, vae=vae), image_encoder=None if name == "leffa" else load_image_encoder("clip")
     )
     pipe.set_progress_bar_config(disable=True)
-    names = {"champ": ("depth", "normal"), "leffa": ("densepose",)}.get(name, ())
-    beside: dict[str, object] = {"pose_map": {x: load_image(f"{x}.png") for x in names}}
+    beside: dict[str, object] = {"pose_map": {}}
+    if name == "champ":
+        drawn = lift_person(body, (64, 64)).body.render(64, 64)
+        beside["pose_map"] = {x: CHAMP_MAPS[x](drawn) for x in ("depth", "normal")}
     if name == "leffa":
+        beside["pose_map"] = {"densepose": load_image("densepose.png")}
         beside |= {"canvas": load_image("canvas.png"), "mask": load_image("mask.png")[:, :1]}
     return pipe(image, body, fam.dressed(), num_inference_steps=1, **beside).images
 
@@ -276,6 +282,53 @@ def test_maps_of_another_size_are_scaled_and_numbers_do_not_mix(tmp_path: Path) 
         assert made.shape == (1, 3, *size)
         assert set((made * 25.5).round(decimals=4).flatten().tolist()) <= set(range(25))
         assert load_beside(tmp_path / "a.png", "a map", size).shape == (1, 3, *size)
+
+
+def test_champs_maps_are_drawn_from_a_pose_or_a_body(transfer: Command, tmp_path: Path) -> None:
+    body = body_tensor(gallery_pose("walking", 64, 64).people)
+    lifted = lift_person(body, (64, 64)).body
+    for name, draw in CHAMP_MAPS.items():
+        save_image(draw(lifted.render(64, 64)), tmp_path / f"{name}.png")
+    as_pictures = ("--pose-map", f"depth={tmp_path / 'depth.png'}", f"normal={tmp_path / 'normal.png'}")
+    wanted = transfer.picture("champ", conditions=as_pictures)
+    posed = ("--pose", POSE)
+    report = transfer("champ", conditions=posed)
+    assert any("depth, normal: drawn from the poses' bodies" in note for note in report["notes"])
+
+    def far(words: tuple[str, ...]) -> float:
+        transfer.picture("champ", conditions=words)
+        return float((load_image(transfer.out) - first).abs().max())
+
+    transfer.out.write_bytes(wanted)
+    first = load_image(transfer.out)
+    # Pictures have eight bits.
+    assert far(posed) < 0.02 and far((*posed, *as_pictures[:2])) < 0.02
+    assert far((*posed, "--pose-map", "depth=depth.png")) > 0.02
+    file = write_body(tmp_path / "walking.npz", lifted.pose, (64, 64))
+    assert far(("--body", str(file))) < 0.02
+    # A source whose keypoints are known gives its shape.
+    (tmp_path / "source.json").write_text(json.dumps(write_pose(gallery_pose("standing", 64, 64))))
+    known = ("--source-pose", str(tmp_path / "source.json"), "--parsing", "person-map.png")
+    assert far((*posed, *known)) > 0
+    transfer.out.unlink()
+    for words, message in (
+        (("--body", str(file), "--retarget"), "needs the keypoints of SOURCE"),
+        (("--body", str(file), *known, "--retarget"), "--retarget moves keypoints, and --body is a body of its own"),
+        (("--pose", POSE, "--smpl", "gone.npz"), "--smpl gone.npz does not exist"),
+        ((*as_pictures, "--smpl", str(file)), "--smpl draws the pose maps of a body, and"),
+        (("--body", "gone.npz"), "gone.npz does not exist"),
+        (("--pose", str(_few(tmp_path))), "expected at least 5"),
+    ):
+        transfer.refused(message, *transfer.argv("champ", conditions=words))
+
+
+def _few(folder: Path) -> Path:
+    """A pose of one arm."""
+    pose = write_pose(gallery_pose("walking", 64, 64))
+    flat = pose[0]["people"][0]["pose_keypoints_2d"]
+    pose[0]["people"][0]["pose_keypoints_2d"] = [v if 2 <= i // 3 <= 4 else 0 for i, v in enumerate(flat)]
+    (folder / "arm.json").write_text(json.dumps(pose))
+    return folder / "arm.json"
 
 
 FOLDERS = ("--pose-map", "depth=depths", "normal=normals")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import people, small_model, source_of
 
+from truepose_core.body.places import SurfacePlaces
 from truepose_core.combine import CombinedFeatures, combine_sources
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
@@ -140,6 +141,36 @@ def test_a_batch_is_combined_with_one(model):
         torch.testing.assert_close(
             combined.prior(pose, 16, 12).masks[row], alone.prior(pose[row : row + 1], 16, 12).masks[0]
         )
+
+
+def with_surface(features):
+    aspect = features.latent_size[1] / features.latent_size[0]
+    return replace(features, surface=SurfacePlaces.of_keypoints(features.body, aspect))
+
+
+def test_a_batch_is_combined_with_one_on_their_bodies_surfaces(model):
+    """Whichever of them is repeated for the batch, each row is as it is alone."""
+    pairs = people()
+    two = with_surface(model.encode_source(*source_of(pairs, slice(0, 2))))
+    donor = with_surface(encoded(model, 2))
+    pose = pairs.target.keypoints[:2]
+    site = next(iter(two.sites))
+    for first, second in ((two, donor), (donor, two)):
+        combined = combine_sources(first, second, only("upper"))
+        assert combined.coordinates(site).shape[::2] == (2, 4)
+        prior = combined.prior(pose, 16, 12).masks
+        for row in range(2):
+            own = [donor if x is donor else with_surface(encoded(model, row)) for x in (first, second)]
+            alone = combine_sources(*own, only("upper"))
+            torch.testing.assert_close(prior[row], alone.prior(pose[row : row + 1], 16, 12).masks[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(combined.coordinates(site)[row], alone.coordinates(site)[0], atol=1e-3, rtol=0)
+
+
+def test_a_skeleton_and_a_surface_are_not_combined(both):
+    source, donor = both
+    mixed = combine_sources(with_surface(source), donor, only("upper"))
+    with pytest.raises(TruePoseError, match="goes by its body's surface and another by its skeleton"):
+        mixed.coordinates(next(iter(mixed.sites)))
 
 
 def test_what_does_not_fit_is_refused(both):

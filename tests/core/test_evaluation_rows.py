@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from truepose_core.errors import TruePoseError
-from truepose_core.evaluation.evaluate import evaluate
+from truepose_core.evaluation.evaluate import GEOMETRY, evaluate
 from truepose_core.evaluation.metrics import COLUMNS, area_masks, masked_psnr
 from truepose_core.evaluation.pattern import pattern_score
 from truepose_core.evaluation.rows import (
@@ -90,7 +90,7 @@ def test_groups_name_every_pair(pairs):
 
 
 def test_copy_is_the_source(pairs):
-    assert torch.equal(copy_source(pairs), pairs.source.image)
+    assert torch.equal(copy_source(pairs).images, pairs.source.image)
 
 
 def test_regions_keep_each_regions_mean_colour_and_carry_no_pattern(pairs):
@@ -98,7 +98,7 @@ def test_regions_keep_each_regions_mean_colour_and_carry_no_pattern(pairs):
     hard = HumanParsing.from_labels(labels).masks
     source = type(pairs.source)(**{**vars(pairs.source), "parsing": hard})
     there = PairBatch(source, source, pairs.identity)
-    images = paint_regions(there)
+    images = paint_regions(there).images
     for region in Region:
         mask = hard[:, region][:, None]
         painted, true = ((x * mask).sum((2, 3)) for x in (images, source.image))
@@ -108,14 +108,16 @@ def test_regions_keep_each_regions_mean_colour_and_carry_no_pattern(pairs):
 
 def test_regions_look_at_the_true_parsing_and_not_at_the_true_picture(pairs):
     target = type(pairs.target)(**{**vars(pairs.target), "image": torch.rand_like(pairs.target.image)})
-    assert torch.equal(paint_regions(PairBatch(pairs.source, target, pairs.identity)), paint_regions(pairs))
+    assert torch.equal(
+        paint_regions(PairBatch(pairs.source, target, pairs.identity)).images, paint_regions(pairs).images
+    )
 
 
 def test_warping_to_the_same_pose_gives_the_person_back(pairs):
     there = same_pose(pairs)
     mask = area_masks(HumanParsing(pairs.source.parsing))["clothes"]
-    psnr = masked_psnr(warp_source(there), pairs.source.image, mask)
-    assert psnr.mean() > masked_psnr(paint_regions(there), pairs.source.image, mask).mean()
+    psnr = masked_psnr(warp_source(there).images, pairs.source.image, mask)
+    assert psnr.mean() > masked_psnr(paint_regions(there).images, pairs.source.image, mask).mean()
 
 
 # The rows of models
@@ -123,12 +125,12 @@ def test_warping_to_the_same_pose_gives_the_person_back(pairs):
 
 def test_a_learned_row_does_not_depend_on_the_batch_it_is_in(pairs, model_file):
     row = model_row("mine", model_file, steps=2, seed=5)
-    together = row.draw(pairs)
+    together = row.draw(pairs).images
     assert together.shape == pairs.target.image.shape
     assert together.min() >= 0 and together.max() <= 1
-    alone = row.draw(split_pairs(torch.tensor([4]), SIZE))
+    alone = row.draw(split_pairs(torch.tensor([4]), SIZE)).images
     assert torch.allclose(alone[0], together[4], atol=1e-4)
-    assert torch.equal(row.draw(pairs), together)
+    assert torch.equal(row.draw(pairs).images, together)
 
 
 def test_a_learned_row_sees_no_truth_but_the_pose(pairs, model_file):
@@ -139,11 +141,11 @@ def test_a_learned_row_sees_no_truth_but_the_pose(pairs, model_file):
         "parsing": torch.zeros_like(pairs.target.parsing),
     }
     blind = PairBatch(pairs.source, type(pairs.target)(**hidden), pairs.identity)
-    assert torch.equal(row.draw(blind), row.draw(pairs))
+    assert torch.equal(row.draw(blind).images, row.draw(pairs).images)
 
 
 def test_another_seed_is_another_noise(pairs, model_file):
-    first, second = (model_row("mine", model_file, steps=1, seed=s).draw(pairs) for s in (0, 100))
+    first, second = (model_row("mine", model_file, steps=1, seed=s).draw(pairs).images for s in (0, 100))
     assert not torch.equal(first, second)
 
 
@@ -191,7 +193,7 @@ def test_the_report_holds_what_it_says(report):
     assert [row["name"] for row in report.rows] == ["copy", "regions", "warp", "mine"]
     assert report.size == SIZE and report.pairs == 6 and report.steps == 1
     for row in report.rows:
-        assert set(row) == {"name", *COLUMNS, "seconds_per_image"}
+        assert set(row) == {"name", *COLUMNS, *GEOMETRY, "errors", "seconds_per_image"}
         assert row["seconds_per_image"] > 0
         assert 0 <= row["pattern"] <= 1
     assert report.models["mine"]["file"] == "tiny.safetensors"

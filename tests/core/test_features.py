@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import people
 from torch.nn import Conv2d
 
-from truepose_core.alignment.skeleton_prior import body_coordinates
+from truepose_core.alignment.skeleton_prior import body_coordinates, region_prior
 from truepose_core.attention.caa import RegionTokens
+from truepose_core.body.lift import lift
+from truepose_core.body.places import SurfacePlaces
 from truepose_core.errors import TruePoseError
 from truepose_core.features import SourceFeatures, grid_of
 from truepose_core.parsing import HumanParsing
@@ -113,3 +117,68 @@ def test_moving_changes_hidden_states_and_tokens_and_nothing_else():
     assert (half.family, half.latent_size) == (f.family, f.latent_size)
     assert half.nbytes == f.nbytes / 2
     assert features(body=False).to("cpu").body is None
+
+
+# On the body's surface
+
+
+def on_surface(rows=slice(0, 2)):
+    """Features of people of the world that go by their bodies' surface."""
+    source = people().source
+    plain = features(batch=len(source.keypoints[rows]), latent_size=(16, 12), body=False)
+    body = source.keypoints[rows]
+    surface = SurfacePlaces.of_keypoints(body, 0.75)
+    return replace(plain, parsing=HumanParsing(source.parsing[rows]), body=body, surface=surface)
+
+
+def test_places_on_the_surface_have_four_numbers_and_are_the_bodys_own():
+    f = on_surface()
+    for site in f.sites:
+        expected = f.surface.tokens(f.surface.bodies, *f.grid(site), 0.75)
+        assert torch.equal(f.coordinates(site), expected) and expected.shape[-1] == 4
+    assert f.coordinates("two") is f.coordinates("three")
+    target = people().target.keypoints[:2]
+    lifted = lift(target, 0.75, shape=f.surface.bodies.beta).bodies
+    assert torch.equal(f.target_coordinates(target, 8, 6, 0.75), f.surface.tokens(lifted, 8, 6, 0.75))
+    plain = replace(f, surface=None)
+    assert torch.equal(plain.target_coordinates(target, 8, 6, 0.75), body_coordinates(target, 8, 6, 0.75))
+
+
+def test_a_target_pose_is_lifted_once():
+    f = on_surface()
+    target = people().target.keypoints[:2]
+    assert f.bodies_in(target, 0.75) is f.bodies_in(target.clone(), 0.75)
+    assert f.bodies_in(target + 0.01, 0.75) is not f.bodies_in(target, 0.75)
+    assert f.with_sites(f.sites).bodies_in(target, 0.75) is f.bodies_in(target, 0.75)
+
+
+def test_the_prior_goes_along_the_surface_for_any_number_of_poses():
+    f = on_surface()
+    target = people().target.keypoints
+    both = f.prior(target[[0, 1, 2, 0]], 16, 12).masks
+    assert both.shape == (4, 7, 16, 12)
+    for row, (who, pose) in enumerate([(0, 0), (0, 1), (1, 2), (1, 0)]):
+        alone = on_surface(slice(who, who + 1)).prior(target[pose : pose + 1], 16, 12).masks
+        torch.testing.assert_close(both[row], alone[0], atol=1e-4, rtol=0)
+    # One pose for both of them.
+    one = f.prior(target[:1], 16, 12).masks
+    torch.testing.assert_close(one, f.prior(target[[0, 0]], 16, 12).masks)
+    assert (one - replace(f, surface=None).prior(target[:1], 16, 12).masks).abs().max() > 0.5
+
+
+def test_a_target_that_shows_too_little_goes_by_the_skeleton_and_says_so_once(caplog):
+    f = on_surface()
+    target = people().target.keypoints[:2].clone()
+    target[1, 4:] = 0
+    with caplog.at_level(logging.WARNING):
+        prior = f.prior(target, 16, 12)
+        assert f.target_coordinates(target, 16, 12, 0.75) is None
+        assert f.target_coordinates(target, 8, 6, 0.75) is None
+    assert torch.equal(prior.masks, region_prior(f.parsing, f.body, target, 16, 12).masks)
+    assert len(caplog.records) == 1
+    assert f.coordinates("one").shape[-1] == 4, "the source's own places stay as they are"
+
+
+def test_moving_keeps_the_surface():
+    f = on_surface()
+    assert f.to(dtype=torch.float16).surface is f.surface

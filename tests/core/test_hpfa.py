@@ -26,7 +26,8 @@ from truepose_core.errors import TruePoseError
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-def make(seed, dtype=torch.float64, batch=2, source_batch=None, heads=3, n=10, m=12, d=16):
+def make(seed, dtype=torch.float64, batch=2, source_batch=None, heads=3, n=10, m=12, d=16, places=2):
+    """places: 2 numbers of a place on the skeleton, 3 on the surface."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -39,14 +40,14 @@ def make(seed, dtype=torch.float64, batch=2, source_batch=None, heads=3, n=10, m
         rand(sb, heads, m, d),
         regions=rand(sb, m, 7).softmax(-1),
         log_w=torch.rand(sb, m, generator=g, dtype=torch.float64).clamp(min=0.01).log().to(dtype),
-        body=torch.cat([rand(sb, m, 2) / 2, torch.rand(sb, m, 1, generator=g, dtype=torch.float64).to(dtype)], -1),
+        body=torch.cat([rand(sb, m, places) / 2, torch.rand(sb, m, 1, generator=g, dtype=torch.float64).to(dtype)], -1),
     )
     terms = dict(
         target_regions=rand(batch, n, 7).softmax(-1),
         beta=rand(heads).abs() * 2,
         region_log_weight=rand(heads, 7),
         target_body=torch.cat(
-            [rand(batch, n, 2) / 2, torch.rand(batch, n, 1, generator=g, dtype=torch.float64).to(dtype)], -1
+            [rand(batch, n, places) / 2, torch.rand(batch, n, 1, generator=g, dtype=torch.float64).to(dtype)], -1
         ),
         gamma=rand(heads).abs(),
     )
@@ -68,7 +69,7 @@ def by_hand(q, k, v, source, terms):
                     row = terms["beta"][h] * terms["target_regions"][b, i] + terms["region_log_weight"][h]
                     x += float(row @ source.regions[sb, j])
                     ci, cj = terms["target_body"][b, i], source.body[sb, j]
-                    x -= float(terms["gamma"][h] * ci[2] * cj[2] * (ci[:2] - cj[:2]).square().sum())
+                    x -= float(terms["gamma"][h] * ci[-1] * cj[-1] * (ci[:-1] - cj[:-1]).square().sum())
                     logits.append(x)
                 p = torch.tensor(logits, dtype=torch.float64).softmax(0).to(q)
                 out[b, h, i] = p @ torch.cat([v[b, h], source.v[sb, h]])
@@ -77,8 +78,9 @@ def by_hand(q, k, v, source, terms):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("source_batch", [1, 2])
-def test_the_augmented_form_is_the_formula(dtype, source_batch):
-    q, k, v, source, terms = make(0, dtype, source_batch=source_batch, n=5, m=6)
+@pytest.mark.parametrize("places", [2, 3], ids=["skeleton", "surface"])
+def test_the_augmented_form_is_the_formula(dtype, source_batch, places):
+    q, k, v, source, terms = make(0, dtype, source_batch=source_batch, n=5, m=6, places=places)
     expected = by_hand(q.double(), k.double(), v.double(), source_to(source, torch.float64), to64(terms))
     assert (hpfa_attention(q, k, v, source, **terms).double() - expected).abs().max() < TOLERANCE[dtype]
 
@@ -98,10 +100,11 @@ def to64(terms):
     n=st.integers(1, 20),
     m=st.integers(1, 20),
     d=st.sampled_from([8, 24, 40, 64]),
+    places=st.sampled_from([2, 3]),
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_augmented_form_is_the_masked_form(dtype, seed, heads, n, m, d):
-    q, k, v, source, terms = make(seed, dtype, heads=heads, n=n, m=m, d=d)
+def test_the_augmented_form_is_the_masked_form(dtype, seed, heads, n, m, d, places):
+    q, k, v, source, terms = make(seed, dtype, heads=heads, n=n, m=m, d=d, places=places)
     one = hpfa_attention(q, k, v, source, **terms)
     two = hpfa_attention_masked(q, k, v, source, **terms)
     assert (one - two).abs().max() < TOLERANCE[dtype]
@@ -204,11 +207,33 @@ def test_body_match_is_zero_off_the_body_and_falls_with_distance():
     assert torch.allclose(logits, torch.tensor([0.0, -3.0, 0.0], dtype=torch.float64), atol=1e-12)
 
 
-def test_channels_keep_the_width_a_multiple_of_eight():
-    q, _, _, source, terms = make(9)
+@pytest.mark.parametrize("places", [2, 3], ids=["skeleton", "surface"])
+def test_channels_keep_the_width_a_multiple_of_eight(places):
+    q, _, _, source, terms = make(9, places=places)
     plain = match_channels(source, q, target_regions=terms["target_regions"], beta=1.0)
     assert plain[0].shape[-1] == plain[1].shape[-1] == 8
     assert match_channels(source, q, **terms)[0].shape[-1] == 16
+
+
+def test_a_place_on_the_surface_without_depth_is_one_on_the_skeleton():
+    q, k, v, source, terms = make(10)
+
+    def flat(body):
+        return torch.cat([body[..., :2], torch.zeros_like(body[..., :1]), body[..., 2:]], -1)
+
+    deep = replace(source, body=flat(source.body))
+    expected = hpfa_attention(q, k, v, source, **terms)
+    made = hpfa_attention(q, k, v, deep, **{**terms, "target_body": flat(terms["target_body"])})
+    assert (made - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("of_source", "of_target"), [(2, 3), (3, 2)])
+def test_places_on_skeleton_and_surface_are_not_mixed(of_source, of_target):
+    q, k, v, source, terms = make(11, places=of_source)
+    terms["target_body"] = make(11, places=of_target)[4]["target_body"]
+    message = f"target's body have {of_target + 1} numbers and the source's {of_source + 1}"
+    with pytest.raises(TruePoseError, match=message):
+        hpfa_attention(q, k, v, source, **terms)
 
 
 def test_region_weights_of_the_wrong_length_are_named():

@@ -26,7 +26,7 @@ from truepose_core.mannequin import (
     sample_pairs,
     sample_poses,
 )
-from truepose_core.mannequin.body import PARENTS
+from truepose_core.mannequin.body import PARENTS, chain_rotations, openpose_points, project
 from truepose_core.mannequin.identity import luminance
 from truepose_core.mannequin.parts import body_parts
 from truepose_core.mannequin.render import make_scene, paint_surface, tile_grid, trace
@@ -418,6 +418,50 @@ def test_bones_keep_their_length_and_the_rest_pose_is_the_rest_pose():
     a = (rest[:, 1:] - rest[:, parents]).norm(dim=-1)
     b = (moved[:, 1:] - moved[:, parents]).norm(dim=-1)
     assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_chained_rotations_are_products_joint_by_joint():
+    generator = torch.Generator().manual_seed(0)
+    local = axis_angle_to_matrix(torch.randn(5, 24, 3, generator=generator, dtype=torch.float64))
+    rest = torch.randn(5, 24, 3, generator=generator, dtype=torch.float64)
+    rotation, position = chain_rotations(local, rest)
+    for n in range(5):
+        world, place = [], []
+        for joint, parent in enumerate(PARENTS):
+            if joint == 0:
+                world.append(local[n, 0])
+                place.append(rest[n, 0])
+            else:
+                world.append(world[parent] @ local[n, joint])
+                place.append(place[parent] + world[parent] @ (rest[n, joint] - rest[n, parent]))
+        assert torch.allclose(rotation[n], torch.stack(world), atol=1e-12)
+        assert torch.allclose(position[n], torch.stack(place), atol=1e-12)
+
+
+def test_chained_rotations_are_those_of_axis_angles_and_have_a_gradient():
+    poses, rest = sample_poses(range(4), 1), rest_joints(sample_identities(range(4), 1).beta)
+    local = axis_angle_to_matrix(poses.theta).requires_grad_()
+    made = chain_rotations(local, rest)
+    for one, other in zip(made, forward_kinematics(poses.theta, rest), strict=True):
+        assert torch.equal(one, other)
+    made[1].square().sum().backward()
+    # The last joint of each limb moves nothing but itself.
+    ends = [joint for joint in range(24) if joint not in PARENTS]
+    moved = local.grad.abs().amax((0, 2, 3)) > 0
+    assert not moved[ends].any() and moved.sum() == 24 - len(ends)
+
+
+def test_projected_points_are_the_renderings_keypoints(crowd):
+    people, poses, whole = crowd
+    rotation, position = forward_kinematics(poses.theta, rest_joints(people.beta))
+    points, seen = openpose_points(rotation, position, people.beta)
+    x, y = project(points, whole.camera, 48 / 64)
+    inside = (x >= 0) & (x < 1) & (y >= 0) & (y < 1)
+    expected = torch.stack([x, y, torch.ones_like(x)], -1) * (seen & inside)[..., None]
+    assert torch.equal(whole.keypoints, expected)
+    assert seen[:, 1:14].all() and not seen.all()
+    # The neck is between the shoulders.
+    assert torch.allclose(points[:, 1], (points[:, 2] + points[:, 5]) / 2, atol=1e-6)
 
 
 def test_the_camera_says_where_joints_are_seen(crowd):

@@ -153,7 +153,7 @@ def test_training_pass_is_the_inference_pass():
     noise, steps, pose_map, body = inputs()
     image, parsing, keypoints = source_of(pairs, slice(2))
     keep = torch.tensor([True, True])
-    ours, _ = model(image, parsing, keypoints, noise, steps, pose_map, body, keep, keep)
+    ours, *_ = model(image, parsing, keypoints, noise, steps, pose_map, body, keep, keep)
     source = model.encode_source(image, parsing, keypoints)
     call = model.target_pass(LATENT, source, body)
     theirs = model.denoise(noise, steps, call, model.encode_pose(pose_map))

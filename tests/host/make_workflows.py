@@ -60,7 +60,46 @@ CLIP_VISION = {
     "url": f"{HUB}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
     "directory": "clip_vision",
 }
-FILES = (SD15, SDXL, OPENPOSE_SD15, OPENPOSE_SDXL, LCM_LORA, IP_ADAPTER, CLIP_VISION)
+KONTEXT = {
+    "name": "flux1-dev-kontext_fp8_scaled.safetensors",
+    "url": f"{HUB}/Comfy-Org/flux1-kontext-dev_ComfyUI/resolve/main/split_files/diffusion_models/"
+    "flux1-dev-kontext_fp8_scaled.safetensors",
+    "directory": "diffusion_models",
+}
+CLIP_L = {
+    "name": "clip_l.safetensors",
+    "url": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
+    "directory": "text_encoders",
+}
+T5 = {
+    "name": "t5xxl_fp8_e4m3fn_scaled.safetensors",
+    "url": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp8_e4m3fn_scaled.safetensors",
+    "directory": "text_encoders",
+}
+FLUX_VAE = {
+    "name": "ae.safetensors",
+    "url": f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+    "directory": "vae",
+}
+QWEN_EDIT = {
+    "name": "qwen_image_edit_2509_fp8_e4m3fn.safetensors",
+    "url": f"{HUB}/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models/"
+    "qwen_image_edit_2509_fp8_e4m3fn.safetensors",
+    "directory": "diffusion_models",
+}
+QWEN_TEXT = {
+    "name": "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    "url": f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files/text_encoders/"
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    "directory": "text_encoders",
+}
+QWEN_VAE = {
+    "name": "qwen_image_vae.safetensors",
+    "url": f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files/vae/qwen_image_vae.safetensors",
+    "directory": "vae",
+}
+EDITOR_FILES = (KONTEXT, CLIP_L, T5, FLUX_VAE, QWEN_EDIT, QWEN_TEXT, QWEN_VAE)
+FILES = (SD15, SDXL, OPENPOSE_SD15, OPENPOSE_SDXL, LCM_LORA, IP_ADAPTER, CLIP_VISION, *EDITOR_FILES)
 """What the workflows ask a user to download and choose in a loader."""
 POSE_FILES = tuple(
     {"name": KNOWN[name].file, "url": KNOWN[name].url, "directory": "truepose"} for name in ("dwpose", "yolox-l")
@@ -148,8 +187,8 @@ def training_free(graph: Graph, model: dict, openpose: dict, width: int, height:
             f"""
             # {title}
             Shows the person of the source picture in another pose, without any training: the checkpoint reads
-            the source once (**SourceNet Encode**), and **Apply HPFA** lets it look there while it makes the
-            picture.
+            the source at four noise levels (**SourceNet Encode**), and **Apply HPFA** lets it look there while it
+            makes the picture.
 
             You need a checkpoint and an OpenPose ControlNet of the same family; the links are in the two
             loaders. Any other {model["name"].split("-")[0].split("_")[0].upper().replace("V1", "SD1.5")}
@@ -245,8 +284,8 @@ def many_poses_one_source(graph: Graph) -> None:
         graph.note(
             """
             # One source, many poses
-            **SourceNet Encode** reads the person once. **Load Pose** gives four poses, and the batch shows the
-              person in each of them. Change the poses, the seed or the prompt: the source is not read again.
+            **SourceNet Encode** reads the person, once for all. **Load Pose** gives four poses, and the batch shows the
+            person in each of them. Change the poses, the seed or the prompt: the source is not read again.
 
             The poses are OpenPose JSON, pasted into the node; choose a file of the input folder instead if you
             like. **batch_size** of the latent is the number of poses.
@@ -702,6 +741,108 @@ def restyle_region(graph: Graph) -> None:
         pasted(graph, photo, picture, frame, "restyle_region", mask=frozen["mask"], feather=0)
 
 
+def carry_and_inpaint(graph: Graph) -> None:
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # The photo's own pixels in another pose
+            1. **Choose a photo** in *Your photo*: one person, large and whole.
+            2. **Choose a pose** in *Pose Gallery*.
+            3. Write in *Prompt* what the picture shows, the background too, and press **Run**.
+
+            **Carry Along Body** lifts both poses to 3D bodies and brings every pixel that the photo shows of the
+            person to its place in the new pose. These pixels are kept. The rest, and the background, is made by the
+            checkpoint, which looks at the photo while it does (**Apply HPFA**) and follows the skeleton (ControlNet).
+
+            You need a checkpoint and an OpenPose ControlNet (links in the two loaders), and two small networks that
+            read the pose. No training, and no 3D files.
+            """,
+            400,
+        )
+        loader = checkpoint(graph, SD15)
+        control = graph.add("ControlNetLoader", models=(OPENPOSE_SD15,), control_net_name=OPENPOSE_SD15["name"])
+        graph.note(WANTED, 210)
+    _, _, frame = framed_person(graph, "", 0.2)
+    with graph.group("Target pose"):
+        gallery = graph.add(
+            "TruePosePoseGallery",
+            name="hand on hip",
+            width=frame["width"],
+            height=frame["height"],
+            room=PREVIEW,
+        )
+        target = graph.add("TruePoseRetargetPose", target=gallery["pose"], source=frame["pose"], room=PREVIEW)
+        graph.note(BETTER_PARSING, 330)
+    with graph.group("What the photo knows"):
+        carried = graph.add(
+            "TruePoseCarryAlongBody",
+            image=frame["image"],
+            parsing=frame["parsing"],
+            pose=frame["pose"],
+            target_pose=target["pose"],
+            room=PREVIEW,
+        )
+        graph.note(
+            """
+            ## Carry Along Body
+            Black is what the photo does not show. **mirror** *front-back* shows a hidden back as the front,
+            *left-right* a hidden arm as the other one: run it as a second node and lay its picture under this one.
+
+            Where an arm lies on the wrong side of the body, lift the pose with *Body Pose from Keypoints*, try another
+            **hypothesis** there, and connect **target_body** in place of **target_pose**.
+
+            **depth** and **normal** fit depth and normal ControlNets, beside the skeleton or instead of it.
+            """,
+            260,
+        )
+    with graph.group("What is made anew"):
+        hidden = graph.add("InvertMask", mask=carried["seen"])
+        grown = graph.add("GrowMask", mask=hidden["MASK"], expand=6, tapered_corners=True)
+        hard = graph.add("MaskToImage", mask=grown["MASK"])
+        soft = graph.add("ImageBlur", image=hard["IMAGE"], blur_radius=6, sigma=3.0)
+        mask = graph.add("ImageToMask", image=soft["IMAGE"], channel="red")
+        graph.add("MaskPreview", title="What is made anew", mask=mask["MASK"], room=PREVIEW)
+        graph.note(
+            """
+            ## The seam
+            **expand** makes more anew around what was carried, and **blur_radius** softens the way from one to the
+            other. Grey instead of black under the carried pixels keeps their edges clean in the latent.
+            """,
+            110,
+        )
+    with graph.group("Where the sampler starts"):
+        grey = graph.add("EmptyImage", width=frame["width"], height=frame["height"], color=0x808080)
+        laid = graph.add(
+            "ImageCompositeMasked", destination=grey["IMAGE"], source=carried["image"], mask=carried["seen"]
+        )
+        encoded = graph.add("VAEEncode", pixels=laid["IMAGE"], vae=loader["VAE"])
+        latent = graph.add("SetLatentNoiseMask", samples=encoded["LATENT"], mask=mask["MASK"])
+    with graph.group("Source and prompt"):
+        source = read_frame(graph, loader, frame)
+        prompts = prompted(graph, loader["CLIP"], "photo of a person, plain studio background, sharp focus")
+        posed = controlled(graph, prompts, control, target["image"], loader["VAE"])
+    with graph.group("Picture"):
+        patched = graph.add(
+            "TruePoseApplyHPFA",
+            model=loader["MODEL"],
+            source=source["source"],
+            target_pose=target["pose"],
+            target_parsing=carried["parsing"],
+        )
+        done = sampled(graph, patched["model"], posed["positive"], posed["negative"], latent["LATENT"])
+        saved(graph, done["LATENT"], loader["VAE"], "carry_and_inpaint")
+        graph.note(
+            """
+            ## How much is kept
+            **denoise** 1 makes hidden places wholly anew. For light that fits better, sample the result once more
+            without the mask and with denoise 0.3: the carried pixels are then lightly made over too.
+
+            An inpainting checkpoint fits as well: *InpaintModelConditioning* takes the same picture and mask.
+            """,
+            150,
+        )
+
+
 OF_BUNDLED = {"steps": 12, "cfg": 1.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
 """How the bundled model is sampled."""
 
@@ -907,6 +1048,164 @@ def pose_sequence(graph: Graph) -> None:
         graph.add("SaveAnimatedWEBP", images=big["IMAGE"], filename_prefix="truepose/pose_sequence", fps=6.0, room=300)
 
 
+def referenced(graph: Graph, conditioning: Out, latents: list[Out]) -> Out:
+    """A conditioning with reference latents, in this order."""
+    for latent in latents:
+        conditioning = graph.add("ReferenceLatent", conditioning=conditioning, latent=latent)["CONDITIONING"]
+    return conditioning
+
+
+REFERENCE_PHOTO = """
+## Your own photo
+Replace **Mannequin** by *Load Image*, *Estimate Pose*, *Human Parsing* and *Frame Person* with its SDXL sizes, as in
+*photo_to_pose*; VAE Encode gets the crop. The parsing must be of the picture that is encoded, so do not crop again
+after it. Masks of any segmentation node will do too: *Parsing from Masks*.
+"""
+
+
+def flux_kontext_regions(graph: Graph) -> None:
+    width, height = 832, 1216
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # An editor that forgets what it should not keep
+            FLUX.1 Kontext reads the reference picture while it makes the new one. **Guide References** says which
+            parts of the person it may read: here all but the **top** and the **background**, which the prompt
+            makes new. What is left out cannot come back, and takes no time.
+
+            The model, its two text encoders and its VAE are linked in the loaders. The same node works with
+            FLUX.2 dev and klein, LongCat-Image-Edit and Qwen-Image-Edit.
+            """,
+            300,
+        )
+        model = graph.add("UNETLoader", models=(KONTEXT,), unet_name=KONTEXT["name"])
+        clip = graph.add(
+            "DualCLIPLoader", models=(CLIP_L, T5), clip_name1=CLIP_L["name"], clip_name2=T5["name"], type="flux"
+        )
+        vae = graph.add("VAELoader", models=(FLUX_VAE,), vae_name=FLUX_VAE["name"])
+    with graph.group("Reference"):
+        person = graph.add("TruePoseMannequin", seed=5, width=width, height=height, room=PREVIEW)
+        latent = graph.add("VAEEncode", pixels=person["image"], vae=vae["VAE"])
+        graph.note(REFERENCE_PHOTO, 210)
+    with graph.group("Prompt"):
+        prompt = graph.add(
+            "CLIPTextEncode",
+            title="Prompt",
+            clip=clip["CLIP"],
+            text="the same person in a red raincoat on a beach, the same face and hair",
+        )
+        guided = graph.add(
+            "FluxGuidance",
+            conditioning=referenced(graph, prompt["CONDITIONING"], [latent["LATENT"]]),
+            guidance=2.5,
+        )
+        nothing = graph.add("ConditioningZeroOut", conditioning=prompt["CONDITIONING"])
+        empty = graph.add("EmptySD3LatentImage", width=width, height=height)
+    with graph.group("Picture"):
+        patched = graph.add(
+            "TruePoseGuideReferences", model=model["MODEL"], parsing=person["parsing"], upper=0.0, background=0.0
+        )
+        done = sampled(
+            graph,
+            patched["model"],
+            guided["CONDITIONING"],
+            nothing["CONDITIONING"],
+            empty["LATENT"],
+            steps=20,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+        )
+        saved(graph, done["LATENT"], vae["VAE"], "flux_kontext")
+    with graph.group("What to turn"):
+        graph.note(
+            """
+            ## Guide References
+            * **face ... accessory**: how much of the region is read. 0 leaves it out, 0.5 weakens it.
+            * **start_percent**, **end_percent**: the part of the sampling in which that holds. Until then, and from
+              then on, all of the reference is read.
+            * **region_match** with a **target_parsing**: the new face looks at the old face, the new trousers at the
+              old ones.
+            * A second reference gets a second *Reference Latent* and a second Guide References, **reference** 2.
+
+            Weights of 0 and 1 make each step cheaper. Weights between, and matches, leave the fastest kernels.
+            All weights 1, or bypassing the node, is exactly the model.
+            """,
+            330,
+        )
+
+
+def qwen_edit_two_people(graph: Graph) -> None:
+    width, height = 832, 1216
+    with graph.group("Start here"):
+        graph.note(
+            """
+            # The first person in the top of the second
+            Qwen-Image-Edit reads two pictures. **Guide References** says what of each: of the first everything but
+            the top, of the second the top and nothing else. So the second's face does not mix with the first's, and
+            the second's background cannot bleed in.
+
+            The model, its text encoder and its VAE are linked in the loaders. *2511* works in the same way, and so do
+            FLUX.2 dev and klein with their own nodes.
+            """,
+            300,
+        )
+        model = graph.add("UNETLoader", models=(QWEN_EDIT,), unet_name=QWEN_EDIT["name"])
+        clip = graph.add("CLIPLoader", models=(QWEN_TEXT,), clip_name=QWEN_TEXT["name"], type="qwen_image")
+        vae = graph.add("VAELoader", models=(QWEN_VAE,), vae_name=QWEN_VAE["name"])
+    nobody = dict.fromkeys(("face", "hair", "lower", "skin", "accessory"), 0.0)
+    kept = {"first": {"background": 1.0, "upper": 0.0}, "second": {"background": 0.0, **nobody}}
+    people, patched = [], model["MODEL"]
+    for number, (which, seed) in enumerate((("first", 5), ("second", 6)), 1):
+        with graph.group(f"The {which} person"):
+            person = graph.add(
+                "TruePoseMannequin", title=f"Mannequin: {which}", seed=seed, width=width, height=height, room=PREVIEW
+            )
+            latent = graph.add("VAEEncode", pixels=person["image"], vae=vae["VAE"])
+            guide = graph.add(
+                "TruePoseGuideReferences",
+                title=f"Guide References: {which}",
+                model=patched,
+                parsing=person["parsing"],
+                reference=number,
+                image=person["image"],
+                **kept[which],
+            )
+            patched = guide["model"]
+            people.append((latent["LATENT"], guide["image"]))
+            if which == "first":
+                graph.note(REFERENCE_PHOTO, 210)
+    with graph.group("Prompt"):
+        pictures = {f"image{number}": image for number, (_, image) in enumerate(people, 1)}
+        conditionings = []
+        for title, words in (("Prompt", "the person of Picture 1 wears the top of Picture 2"), ("Negative prompt", "")):
+            encoded = graph.add("TextEncodeQwenImageEditPlus", title=title, clip=clip["CLIP"], prompt=words, **pictures)
+            conditionings.append(referenced(graph, encoded["CONDITIONING"], [latent for latent, _ in people]))
+        graph.note(
+            """
+            ## What the text encoder sees
+            Qwen's text encoder looks at the pictures too, and leaving tokens out does not hide them there. So it gets
+            the **image** of Guide References, with the regions of weight 0 painted grey, and the true pictures go
+            through *Reference Latent*.
+            """,
+            150,
+        )
+    with graph.group("Picture"):
+        empty = graph.add("EmptySD3LatentImage", width=width, height=height)
+        shifted = graph.add("ModelSamplingAuraFlow", model=patched, shift=3.0)
+        done = sampled(
+            graph,
+            shifted["MODEL"],
+            *conditionings,
+            empty["LATENT"],
+            steps=20,
+            cfg=2.5,
+            sampler_name="euler",
+            scheduler="simple",
+        )
+        saved(graph, done["LATENT"], vae["VAE"], "qwen_edit")
+
+
 BUILDERS: dict[str, Callable[[Graph], None]] = {
     build.__name__: build
     for build in (
@@ -920,7 +1219,10 @@ BUILDERS: dict[str, Callable[[Graph], None]] = {
         photo_to_pose,
         swap_garment_photo,
         restyle_region,
+        carry_and_inpaint,
         pose_sequence,
+        flux_kontext_regions,
+        qwen_edit_two_people,
     )
 }
 

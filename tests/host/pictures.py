@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,16 +24,23 @@ SHOWS = {
     "TruePoseFramePerson": 0,
     "TruePoseRetargetPose": 1,
     "TruePoseDrawSkeleton": 0,
+    "TruePoseCarryAlongBody": 0,
     "TruePoseAttentionView": 0,
     "ImageScale": 0,
 }
 """The nodes whose pictures are shown, and the outputs that give them; None is the node's own face."""
+PATCHES = ("TruePoseApplyHPFA", "TruePoseGuideReferences")
+"""One of them is in every workflow."""
 LARGE = (
     "CheckpointLoaderSimple",
     "ControlNetLoader",
     "LoraLoader",
     "CLIPVisionLoader",
     "TruePoseLoadCAAAdapter",
+    "UNETLoader",
+    "CLIPLoader",
+    "DualCLIPLoader",
+    "VAELoader",
 )
 """Nodes that read files which are not here; what comes after them is not run."""
 
@@ -66,7 +74,8 @@ def graph_picture(server: Server, file: Path) -> object:
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder, Browser(server, Path(folder) / "profile") as page:
-        page.drop(file, wait_for_node="TruePoseApplyHPFA")
+        kinds = {node["type"] for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]}
+        page.drop(file, wait_for_node=next(k for k in PATCHES if k in kinds))
         time.sleep(2)
         width, height = page.script(FIT, list(ROOM))
         time.sleep(3)
@@ -130,8 +139,6 @@ def row(pictures: list, width: int, gap: int) -> object:
 
 def take(server: Server, file: Path) -> Path:
     """Draw the picture of a workflow beside it, as NAME.jpg."""
-    import json
-
     from PIL import Image
 
     pictures, gap = shown(server, json.loads(file.read_text(encoding="utf-8"))), 10

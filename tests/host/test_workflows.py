@@ -19,7 +19,8 @@ from small_files import PHOTOS, mannequin_photo, save_ip_adapter, save_photo
 
 NAMES = sorted(BUILDERS)
 NEEDS_NO_FILE = ("attention_view", "demo", "pose_sequence")
-PHOTO_NAMES = ("photo_to_pose", "restyle_region", "swap_garment_photo")
+PASTED_NAMES = ("photo_to_pose", "restyle_region", "swap_garment_photo")
+PHOTO_NAMES = ("carry_and_inpaint", *PASTED_NAMES)
 MODEL_FILES = {model["name"] for model in FILES}
 """Checkpoints, a LoRA and ControlNets, which a test has not got. A prompt may lack these and nothing else."""
 SHOW = ("MaskPreview", "PreviewImage", "SaveAnimatedWEBP", "SaveImage")
@@ -113,11 +114,13 @@ def test_they_show_the_packs_nodes_and_need_no_other_pack(info: dict) -> None:
         "TruePosePoseGallery",
         "TruePoseRetargetPose",
         "TruePoseInterpolatePoses",
+        "TruePoseCarryAlongBody",
         "TruePoseCombineSources",
         "TruePoseFreezeRegions",
         "TruePoseLoadCAAAdapter",
         "TruePoseCAAEncode",
         "TruePoseApplyCAA",
+        "TruePoseGuideReferences",
     }
     for type_ in used - {NOTE}:
         module = info[type_]["python_module"]
@@ -157,6 +160,9 @@ def with_fixtures(prompt: dict, family: str) -> dict:
     prompt = json.loads(json.dumps(prompt))
     moved: dict[tuple[str, int], list] = {}
     stand_ins = {
+        "UNETLoader": ("TestEditor", {"family": family}),
+        "VAELoader": ("TestEditorVAE", {"family": family}),
+        "TextEncodeQwenImageEditPlus": ("TestConditioning", {}),
         "CheckpointLoaderSimple": ("TestModel", {"family": family}),
         "ControlNetLoader": ("TestControlNet", {"family": family}),
         "CLIPVisionLoader": ("TestCLIPVision", {}),
@@ -169,6 +175,8 @@ def with_fixtures(prompt: dict, family: str) -> dict:
             prompt[key] = {"class_type": name, "inputs": {"seed": int(key), **more}}
             if kind == "CheckpointLoaderSimple":
                 moved[key, 2] = [key, 1]
+        elif kind in ("CLIPLoader", "DualCLIPLoader"):
+            del prompt[key]
         elif kind == "LoraLoader":
             moved[key, 0] = inputs["model"]
             del prompt[key]
@@ -204,7 +212,8 @@ def test_it_runs_with_a_tiny_model(
     if name in PHOTO_NAMES:
         request.getfixturevalue("photo_libraries")
     save_ip_adapter(comfy.folder / "models" / "ipadapter" / IP_ADAPTER["name"], WIDTHS, CONTEXT, EMBEDDING)
-    prompt = with_fixtures(to_api(read(name), info), "SDXL" if "sdxl" in name else "SD15")
+    families = {"sdxl_training_free": "SDXL", "flux_kontext_regions": "kontext", "qwen_edit_two_people": "qwen"}
+    prompt = with_fixtures(to_api(read(name), info), families.get(name, "SD15"))
     for key, node in prompt.items():
         if node["class_type"] == "LoadImage" and "B" in read_title(name, key):
             node["inputs"]["image"] = PHOTOS[1]
@@ -214,8 +223,8 @@ def test_it_runs_with_a_tiny_model(
     pictures = comfy.images(entry, save)
     assert len(pictures) == (len(MANY) if name == "many_poses_one_source" else 1)
     for picture in pictures:
-        assert picture.shape == (photo.shape if name in PHOTO_NAMES else (96, 64, 3)) and picture.std() > 1
-    if name in PHOTO_NAMES:
+        assert picture.shape == (photo.shape if name in PASTED_NAMES else (96, 64, 3)) and picture.std() > 1
+    if name in PASTED_NAMES:
         changed = (pictures[0] != photo).any(-1)
         assert changed.any() and not changed[:, :64].any() and not changed[:, -64:].any()
 

@@ -13,7 +13,6 @@ as crisp as the source by construction. The composition and the network are ours
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -29,10 +28,17 @@ from torch.nn.functional import (
 
 from truepose_core.alignment.skeleton_prior import body_coordinates, region_colors
 from truepose_core.body.carry import Correspondence, carried_parsing, correspond
+from truepose_core.body.lift import keypoints_of, lift
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import MIRRORS, BodyMaps, BodyModel, GenericBody
 from truepose_core.errors import TruePoseError
-from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
+from truepose_core.mannequin.body import (
+    axis_angle_to_matrix,
+    chain_rotations,
+    matrix_to_axis_angle,
+    project,
+    rest_joints,
+)
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
 
@@ -48,7 +54,7 @@ mask; the carried parsing, its colours, and the place on the skeleton."""
 @dataclass(frozen=True)
 class AlignConfig:
     """width: channels at half the picture's size. state: channels of the ConvGRU, at a quarter. deep: at an eighth.
-    reach: longest flow residual, in picture heights."""
+    head: at full size. reach: longest flow residual, in picture heights."""
 
     width: int = 40
     state: int = 96
@@ -80,17 +86,21 @@ class AlignInputs:
 class Aligned:
     """What alignment gives for B pairs.
 
-    picture: [B, 3, H, W] in [0, 1]. weights: of the 4 candidates and the region colour [B, 5, H, W], summing to 1.
-    parsing: of the target. grid: where geometry alone looked each pixel up in the source [B, H, W, 2] in [-1, 1]. flow:
-    what was added to it, in picture heights [B, 2, H, W]. state: the GRU's [B, S, H/4, W/4]. log_parsing: unnormalised
-    logits [B, 7, H, W].
+    picture: [B, 3, H, W], about 0..1. weights: of the 4 candidates and the region colour [B, 5, H, W], summing to 1;
+    gain: what each is multiplied with [B, 5, H, W]; residual: what is added in the end [B, 3, H, W]. parsing: of the
+    target. grid: where geometry alone looked each pixel up in the source [B, H, W, 2] in [-1, 1]. flow:
+    what was added to it, in picture heights [B, 2, H, W]; looked_up: both together, as grid. state: the GRU's
+    [B, S, H/4, W/4]. log_parsing: unnormalised logits [B, 7, H, W].
     """
 
     picture: Tensor
     weights: Tensor
+    gain: Tensor
+    residual: Tensor
     parsing: HumanParsing
     grid: Tensor
     flow: Tensor
+    looked_up: Tensor
     state: Tensor
     log_parsing: Tensor
 
@@ -102,6 +112,17 @@ class Aligned:
 
 def _conv(a: int, b: int, size: int = 3) -> nn.Conv2d:
     return nn.Conv2d(a, b, size, padding=size // 2)
+
+
+def in_grid(flow: Tensor, height: int, width: int) -> Tensor:
+    """Shifts in picture heights [B, 2, H, W] in the units of a grid [B, H, W, 2] over a picture of height x width."""
+    return torch.stack([flow[:, 0] * (2 * height / width), flow[:, 1] * 2], -1)
+
+
+def compose(candidates: Tensor, weights: Tensor, gain: Tensor, residual: Tensor) -> Tensor:
+    """sum_c w_c gain_c candidate_c + residual. candidates: [B, 5, 3, H, W], the region colour last; weights, gain:
+    [B, 5, H, W]; residual: [B, 3, H, W]."""
+    return ((weights * gain)[:, :, None] * candidates).sum(1) + residual
 
 
 class _Block(nn.Module):
@@ -170,8 +191,8 @@ class AlignNet(nn.Module):
 
         coarse = interpolate(self.coarse(a), (height, width), mode="bilinear", align_corners=False)
         flow = c.reach * coarse[:, :2].tanh() * inputs.mask
-        shift = torch.stack([flow[:, 0] * (2 * height / width), flow[:, 1] * 2], -1)
-        moved = grid_sample(inputs.image, inputs.grid + shift, padding_mode="border", align_corners=False)
+        looked_up = inputs.grid + in_grid(flow, *inputs.image.shape[-2:])
+        moved = grid_sample(inputs.image, looked_up, padding_mode="border", align_corners=False)
         colors = torch.cat([moved[:, None], inputs.colors[:, 1:]], 1)
 
         x = pixel_shuffle(self.widen(a), 2)
@@ -205,9 +226,9 @@ class AlignNet(nn.Module):
         parsing = log_parsing.softmax(1)
         flat = torch.einsum("brc,brhw->bchw", inputs.palette, parsing)
         every = torch.cat([colors, flat[:, None]], 1)
-        picture = ((weights * gain)[:, :, None] * every).sum(1) + residual
+        picture = compose(every, weights, gain, residual)
         shown = HumanParsing(parsing.detach())
-        return Aligned(picture, weights, shown, inputs.grid, flow, state, log_parsing)
+        return Aligned(picture, weights, gain, residual, shown, inputs.grid, flow, looked_up, state, log_parsing)
 
 
 @torch.no_grad()
@@ -283,8 +304,6 @@ def pose_path(source: BodyPose, target: BodyPose, steps: int) -> list[BodyPose]:
 
 def pose_distance(source: BodyPose, target: BodyPose) -> Tensor:
     """Mean angle between the joints' global rotations [N], radians."""
-    from truepose_core.mannequin.body import chain_rotations, rest_joints
-
     worlds = [chain_rotations(axis_angle_to_matrix(x.theta), rest_joints(x.beta))[0] for x in (source, target)]
     trace = (worlds[0].transpose(-1, -2) @ worlds[1]).diagonal(dim1=-2, dim2=-1).sum(-1)
     return ((trace - 1) / 2).clamp(-1, 1).acos().mean(1)
@@ -311,18 +330,26 @@ def align(
     model: BodyModel | None = None,
     source_maps: BodyMaps | None = None,
     target_maps: BodyMaps | None = None,
+    size: tuple[int, int] | None = None,
 ) -> list[Aligned]:
     """Every step of the path; the last one is the target's.
 
     image: the source [B, 3, H, W] in [0, 1], H and W multiples of 8, with its parsing. source, target: B bodies of one
     shape each. target_body: [B, 18, 3]. steps: K, at least 1. source_maps, target_maps: renderings of the bodies at
-    the picture's size, where they are there already.
+    the picture's size, where they are there already. size: (height, width) of the target picture, by default the
+    source's. Raises TruePoseError for sides that 8 does not divide, and for counts or sizes that do not match.
     """
-    height, width = image.shape[-2:]
+    if parsing.size != image.shape[-2:] or not len(image) == parsing.batch == len(source) == len(target):
+        raise TruePoseError(
+            f"the source is {tuple(image.shape)} and its parsing {tuple(parsing.masks.shape)}, with {len(source)} "
+            f"source and {len(target)} target bodies; expected one parsing of the same size and two bodies for each "
+            "picture"
+        )
+    height, width = image.shape[-2:] if size is None else size
     if height % 8 or width % 8:
-        raise TruePoseError(f"the source is {height}x{width}; expected sides that 8 divides")
+        raise TruePoseError(f"the picture is {height}x{width}; expected sides that 8 divides")
     model = GenericBody() if model is None else model
-    source_maps = model.render(source, height, width) if source_maps is None else source_maps
+    source_maps = model.render(source, *image.shape[-2:]) if source_maps is None else source_maps
     results: list[Aligned] = []
     before: BodyPose | None = None
     for body in pose_path(source, target, steps):
@@ -336,12 +363,124 @@ def align(
     return results
 
 
+@torch.no_grad()
+def enlarge(
+    aligned: Aligned,
+    image: Tensor,
+    parsing: HumanParsing,
+    source: BodyPose,
+    target: BodyPose,
+    size: tuple[int, int],
+    model: BodyModel | None = None,
+) -> tuple[Tensor, Tensor, HumanParsing]:
+    """The aligned picture at another size, composed anew of the full source: (picture [B, 3, height, width] in [0, 1],
+    seen [B, 1, height, width], parsing). What the network decided (weights, gains, flow, residual, parsing) is
+    enlarged; every candidate is looked up at full resolution, so that cloth stays as sharp as the photo.
+
+    image, parsing: the source, of any size. source, target: the bodies. size: (height, width) of the result, of the
+    aligned picture's shape.
+    """
+    model = GenericBody() if model is None else model
+    source_maps, target_maps = model.render(source, *parsing.size), model.render(target, *size)
+
+    def large(x: Tensor) -> Tensor:
+        return interpolate(x, size, mode="bilinear", align_corners=False)
+
+    palette, _ = region_colors(image, parsing)
+    masks = large(aligned.parsing.masks)
+    masks = masks / masks.sum(1, keepdim=True)
+    flow = in_grid(large(aligned.flow), *image.shape[-2:])
+    parts = []
+    for name in CANDIDATES:
+        found = correspond(source, target, source_maps, target_maps, model, name)
+        grid = found.grid + flow if name == CANDIDATES[0] else found.grid
+        parts.append(grid_sample(image, grid.to(image), padding_mode="border", align_corners=False))
+    parts.append(torch.einsum("brc,brhw->bchw", palette, masks))
+    # Off the drawn body nothing can be looked up.
+    weights = large(aligned.weights)
+    own = weights[:, :-1] * target_maps.mask
+    weights = torch.cat([own, 1 - own.sum(1, keepdim=True)], 1)
+    picture = compose(torch.stack(parts, 1), weights, large(aligned.gain), large(aligned.residual))
+    return picture.clamp(0, 1), own.sum(1, keepdim=True), HumanParsing(masks)
+
+
+WORKING_HEIGHT = 128
+"""Pictures are aligned at this height, which the network was trained at, and composed at their own size."""
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedPerson:
+    """What `align_person` gives: picture [B, 3, H, W] in [0, 1], seen [B, 1, H, W], parsing of the target, bodies."""
+
+    picture: Tensor
+    seen: Tensor
+    parsing: HumanParsing
+    source: BodyPose
+    target: BodyPose
+
+
+@torch.no_grad()
+def align_person(
+    image: Tensor,
+    parsing: HumanParsing,
+    source_body: Tensor,
+    target_body: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    steps: int | None = None,
+    net: AlignNet | None = None,
+) -> AlignedPerson:
+    """A source picture aligned to target poses, from keypoints alone.
+
+    image [S, 3, h, w] in [0, 1] with its parsing, source_body [S, 18, 3]: the sources. target_body: [B, 18, 3] on the
+    target pictures, B a multiple of S, B / S in a row each. size: (height, width) of the result, by default the
+    source's. steps: K; None is what measured best. Raises TruePoseError for counts that do not fit, and as `lift`.
+    """
+    sources, count = image.shape[0], target_body.shape[0]
+    if parsing.batch != sources or len(source_body) != sources or count % sources:
+        raise TruePoseError(
+            f"there are {sources} pictures, {parsing.batch} parsings, {len(source_body)} source poses and {count} "
+            "target poses; expected one parsing and pose for each picture, and a number of target poses that the "
+            "pictures divide"
+        )
+    height, width = image.shape[-2:]
+    size = (height, width) if size is None else size
+    net = align_net() if net is None else net
+    first = lift(source_body, width / height).bodies.repeat(count // sources)
+    second = lift(target_body, size[1] / size[0], shape=first.beta).bodies
+    picture = image.repeat_interleave(count // sources, 0)
+    regions = HumanParsing(parsing.masks.repeat_interleave(count // sources, 0))
+    # The network sees both pictures on one canvas of its own height; shapes may differ by the bodies' cameras alone.
+    small = [_working_size(*shape) for shape in ((height, width), size)]
+    little = HumanParsing(_area(regions.masks, small[0]))
+    maps = GenericBody().render(first, *small[0])
+    result = align(
+        net,
+        _area(picture, small[0]),
+        little,
+        first,
+        second,
+        target_body,
+        1 if steps is None else steps,
+        source_maps=maps,
+        size=small[1],
+    )[-1]
+    made, seen, found = enlarge(result, picture, regions, first, second, size)
+    return AlignedPerson(made, seen, found, first, second)
+
+
+def _working_size(height: int, width: int) -> tuple[int, int]:
+    return WORKING_HEIGHT, max(16, 8 * round(WORKING_HEIGHT * width / height / 8))
+
+
+def _area(x: Tensor, size: tuple[int, int]) -> Tensor:
+    small = interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    return small / small.sum(1, keepdim=True).clamp(min=1e-6) if x.shape[1] == REGIONS else small
+
+
 def body_points(body: BodyPose, aspect: float) -> Tensor:
     """OpenPose's 18 points of bodies, [N, 18, 3] normalised. aspect: width / height of the frame."""
-    from truepose_core.mannequin.body import chain_rotations, openpose_points, project, rest_joints
-
-    rotation, position = chain_rotations(axis_angle_to_matrix(body.theta), rest_joints(body.beta))
-    points, seen = openpose_points(rotation, position, body.beta)
+    points, seen = keypoints_of(axis_angle_to_matrix(body.theta), body.beta)
     x, y = project(points, body.camera, aspect)
     return torch.stack([x, y, torch.ones_like(x)], -1) * seen[..., None]
 
@@ -350,13 +489,10 @@ def body_points(body: BodyPose, aspect: float) -> Tensor:
 def align_net(path: str | None = None) -> AlignNet:
     """The alignment network that ships (or a file of `truepose train --row alignment`), float32. Raises TruePoseError
     when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import bundled_path, load_strict, read_small
+    from truepose_core.models.store import bundled_path, load_small
 
     where = bundled_path("alignment") if path is None else path
-    metadata, tensors = read_small(where, "alignment")
-    net = AlignNet(AlignConfig(**json.loads(metadata["config"])))
-    load_strict(net, {name: x.float() for name, x in tensors.items()}, str(where))
-    return net.eval().requires_grad_(False)
+    return load_small(where, "alignment", lambda **sizes: AlignNet(AlignConfig(**sizes)))
 
 
 def describe(net: AlignNet) -> dict[str, float]:

@@ -36,8 +36,8 @@ class SourceTokens:
     k, v: [B or 1, H, M, D], projected by the target's own weights.
     regions: [B or 1, M, 7], region rows R(j), or None when neither beta nor lambda is used.
     log_w: [B or 1, M], log of the region weight, or None for all ones.
-    body: [B or 1, M, 3 or 4], place on the body (x, y on the skeleton or x, y, z on the surface, and on the body 0..1),
-    or None.
+    body: [B or 1, M, 3 or 4], place on the body (x, y on the skeleton or x, y, z on the surface; then 1 on the body to
+        0 off it), or None.
     """
 
     k: Tensor
@@ -104,10 +104,10 @@ def match_channels(
     """The spare channels: (query part [B, H, N, C], key part [B or 1, 1, M, C]), or None when none is needed.
 
     q: [B, H, N, D], for sizes and type only. target_regions P: [B, N, 7]. beta, gamma: number or [H], >= 0.
-    region_log_weight lambda: [H, 7]. target_body: [B, N, 3 or 4], as
-    wide as the source's. scale: the kernel's own factor s, by default
-    1/sqrt(D). The product of the two parts, times s, is everything that is added to <q, k>.
-    C is 8 without body match and 16 with it, so D + C stays a multiple of 8 where D is.
+    region_log_weight lambda: [H, 7]. target_body: [B, N, 3 or 4], as wide as the source's. scale: the kernel's own
+    factor s, by default 1/sqrt(D). The product of the two parts, times s, is everything that is added to <q, k>.
+    C is 8 without body match and 16 with it, so D + C stays a multiple of 8 where D is. Raises TruePoseError for
+    places of unequal width.
     """
     b, h, n, d = q.shape
     s = d**-0.5 if scale is None else scale
@@ -130,12 +130,12 @@ def match_channels(
         queries.append(q.new_ones((1, 1, 1, 1)))
         keys.append(source.log_w.to(q)[:, None, :, None])
     if with_body:
-        g = _per_head(gamma, like)
         if target_body.shape[-1] != source.body.shape[-1]:
             raise TruePoseError(
                 f"places on the target's body have {target_body.shape[-1]} numbers and the source's "
                 f"{source.body.shape[-1]}; expected both on the skeleton (3) or both on the surface (4)"
             )
+        g = _per_head(gamma, like)
         ci, ui = target_body.to(q)[:, None, :, :-1], target_body.to(q)[:, None, :, -1:]
         cj, uj = source.body.to(q)[:, None, :, :-1], source.body.to(q)[:, None, :, -1:]
         # -g u_i u_j |c_i - c_j|^2, written as an inner product of four channels (five on the surface).

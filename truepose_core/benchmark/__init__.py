@@ -5,7 +5,8 @@
 * kv: projecting the source's K and V at every step against keeping them;
 * caa: a step with CAA's decoupled cross-attention over a plain step.
 
-`--host` measures whole guided steps inside a real ComfyUI instead (`host`).
+`--host` measures whole guided steps inside a real ComfyUI instead (`host`), `--editors` forwards of editing models,
+`--body` the steps that put a body under a picture.
 
 Counted numbers are multiply-adds times two, by torch's FlopCounterMode (`count`). Timed numbers are medians of
 interleaved repeats (`timing`): CPU time of one thread in float32, or CUDA events in float16. On a GPU the whole UNet
@@ -38,6 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure the nodes inside ComfyUI, with its own Python, instead; without FOLDER it is looked for",
     )
     parser.add_argument(
+        "--editors",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="count what editing models (FLUX, Qwen-Image-Edit) cost with Guide References, in ComfyUI",
+    )
+    parser.add_argument(
+        "--body", action="store_true", help="seconds to lift, fit, render and carry one person, instead"
+    )
+    parser.add_argument(
         "--repeats", type=int, metavar="N", help="how often each thing is timed (default: 3 on a CPU, 10 on a GPU)"
     )
 
@@ -48,7 +59,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises TruePoseError, before any work, for a file that cannot be written, an unknown or missing device, fewer
     than one repeat, or a ComfyUI that is not there.
     """
-    from truepose_core.benchmark.host import choose_host, host_tables, measure_host
+    from truepose_core.benchmark.body import body_table, measure_body
+    from truepose_core.benchmark.host import choose_host, editor_tables, host_tables, measure_host
     from truepose_core.benchmark.measure import measure
     from truepose_core.benchmark.report import tables
     from truepose_core.benchmark.shapes import NETS
@@ -57,12 +69,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     overwrite = getattr(args, "overwrite", False)
     if args.json is not None:
         check_output(args.json, overwrite, (".json",))
-    if args.host is not None:
-        if args.repeats is not None and args.repeats < 1:
-            raise TruePoseError(f"--repeats is {args.repeats}; expected at least 1")
-        host = choose_host(args.host)
-        result = measure_host(host, quick=args.quick, device=args.device, repeats=args.repeats)
-        print(host_tables(result))
+    if args.host is not None and args.editors is not None:
+        raise TruePoseError("--host and --editors are two measurements; choose one")
+    if args.body and (args.host is not None or args.editors is not None):
+        raise TruePoseError("--body is a measurement of its own; leave out --host and --editors")
+    if (
+        (args.body or args.host is not None or args.editors is not None)
+        and args.repeats is not None
+        and args.repeats < 1
+    ):
+        raise TruePoseError(f"--repeats is {args.repeats}; expected at least 1")
+    if args.body:
+        result = measure_body(args.device, args.repeats)
+        print(body_table(result))
+    elif args.host is not None or args.editors is not None:
+        editors = args.editors is not None
+        host = choose_host(args.editors if editors else args.host)
+        what = "editors" if editors else "steps"
+        result = measure_host(host, quick=args.quick, device=args.device, repeats=args.repeats, what=what)
+        print(editor_tables(result) if editors else host_tables(result))
     else:
         result = measure(NETS, quick=args.quick, device=args.device, repeats=args.repeats)
         print(tables(result))

@@ -1,4 +1,5 @@
-"""`truepose benchmark --host`: what HPFA costs inside a real ComfyUI. Finds it, lets its own Python measure, prints."""
+"""`truepose benchmark --host` and `--editors`: what HPFA costs inside a real ComfyUI. Finds it, lets its own Python
+measure, prints."""
 
 from __future__ import annotations
 
@@ -23,7 +24,20 @@ One guided step: a positive and a negative row, through the host's own guider an
   default: the negative prompt's row does not see the source. Region match adds 8 channels per head.
 * extra peak: memory held at most in a step above that of the plain step, {dtype}.
   The source's features themselves are {source_mb:,.0f} MB ({source_dtype}), half of that in float16.
-* source read at every step: one more pass of the UNet per step, as a patch that keeps nothing would need."""
+* source read at every step: one more pass of the UNet per step, with the source's one row.
+* runs: {steps} steps, and {steps} steps for each of {poses} poses of one source, over as many plain steps; reading the
+  source is counted in, once for all poses but at every step where it is read there."""
+
+
+EDITORS = """\
+A forward of an editing model with references of {size}, over the same with all tokens of the references, one row.
+* kept: only the tokens of the person are read, and the others are dropped. match: region match as well, by 8 channels
+  more for each head. Counted FLOPs of the real configurations, by torch's FlopCounterMode.
+* cropped: no weights, but the photo cropped to the person's box, of which the person fills {fill:.0%} (the mean over
+  the mannequin's ready poses): what a careful user does without this node.
+* cache: the host's reference cache over {steps} steps, which reads the references once, at timestep 0; kept as well
+  beside. Only for models that are meant for it.
+* timed: the same networks with few blocks, in {clock}, beside their own count."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +118,10 @@ def find_pack(host: Host) -> Path:
     )
 
 
-def measure_host(host: Host, *, quick: bool, device: str, repeats: int | None) -> dict[str, Any]:
-    """Run the measurement with the host's Python. Raises TruePoseError with the host's last words if it fails."""
-    given = {"folder": str(host.folder), "quick": quick, "device": device, "repeats": repeats}
+def measure_host(host: Host, *, quick: bool, device: str, repeats: int | None, what: str = "steps") -> dict[str, Any]:
+    """Run a measurement with the host's Python: "steps" of a UNet, or "editors". Raises TruePoseError with the host's
+    last words if it fails."""
+    given = {"folder": str(host.folder), "quick": quick, "device": device, "repeats": repeats, "what": what}
     done = subprocess.run(
         [str(host.python), str(find_pack(host) / SCRIPT)],
         input=json.dumps(given),
@@ -139,12 +154,59 @@ def host_tables(result: dict[str, Any]) -> str:
             for r in result["steps"]
         ],
     )
+    steps, poses = result["run_steps"], result["run_poses"]
+    columns = [f"{key}_{count}" for count in (1, poses) for key in ("counted", "timed")]
+    spread = markdown(
+        (
+            *("tokens", "source read", f"{steps} steps, counted", "timed"),
+            *(f"{steps} steps x {poses} poses, counted", "timed"),
+        ),
+        [[r["tokens"], r["reading"], *(f"{r[c]:.3f}" for c in columns)] for r in result["runs"]],
+    )
     clock = "CUDA events" if machine["device_type"] == "cuda" else "CPU time of one thread"
     notes = DEFINITIONS.format(
+        steps=steps,
+        poses=poses,
         clock=clock,
         person=result["person"],
         dtype=machine["dtype"],
         source_mb=result["source_mb"],
         source_dtype=result["source_dtype"],
     )
-    return "\n\n".join([head, f"### {result['model']} at {result['size']}: a step over the plain step", table, notes])
+    title = f"### {result['model']} at {result['size']}"
+    return "\n\n".join([head, f"{title}: a step over the plain step", table, f"{title}: runs", spread, notes])
+
+
+def editor_tables(result: dict[str, Any]) -> str:
+    """Markdown of a result of `measure_host` with "editors"."""
+    machine = result["machine"]
+    head = (
+        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}, {machine['device']}, {machine['attention']}, "
+        f"repeats: {machine['repeats']}"
+    )
+
+    def ratio(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3f}"
+
+    names = ("kept", "match", "cropped", "cache", "cache_kept")
+    counted = markdown(
+        ("model", "references", "tokens kept", "kept", "kept, match", "cropped", "cache", "cache, kept"),
+        [
+            [r["model"], str(r["references"]), f"{r['tokens']:.0%}", *(ratio(r[name]) for name in names)]
+            for r in result["counted"]
+        ],
+    )
+    timed = markdown(
+        ("model", "references", "tokens kept", "", "counted", "timed", "seconds", "peak saved"),
+        [
+            [
+                *(r["model"], str(r["references"]), f"{r['tokens']:.0%}", r["what"]),
+                *(ratio(r["counted"]), ratio(r["timed"]), f"{r['seconds']:.3f}"),
+                "-" if r["saved_peak_mb"] is None else f"{r['saved_peak_mb']:,.0f} MB",
+            ]
+            for r in result["timed"]
+        ],
+    )
+    clock = "CUDA events, bfloat16" if machine["device_type"] == "cuda" else "CPU time of one thread, float32"
+    notes = EDITORS.format(size=result["size"], fill=result["fill"], steps=result["steps"], clock=clock)
+    return "\n\n".join([head, "### Editors: counted", counted, "### Editors: timed", timed, notes])

@@ -49,7 +49,7 @@ def measure(
 
     Raises TruePoseError for an unknown or missing device, or fewer than one repeat.
     """
-    where = _device(device)
+    where = choose_device(device)
     on_gpu = where.type == "cuda"
     if repeats is None:
         repeats = (3 if quick else 10) if on_gpu else (1 if quick else 3)
@@ -198,7 +198,7 @@ def _caa_row(
     }
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

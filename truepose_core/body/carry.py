@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, one_hot
 
-from truepose_core.body.pose import BodyPose
+from truepose_core.body.pose import HEIGHT, BodyPose
 from truepose_core.body.render import MIRRORS, BodyMaps, BodyModel, GenericBody
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
 
 DEPTH_TOLERANCE = 0.03
-"""How far behind the surface that the source shows a point may lie and still count as shown, in metres times the
-camera's scale (that is, about 3 % of a person's height)."""
+"""How far before or behind the surface that the source shows a point may lie and still count as shown, as a share of
+a person's height."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,14 @@ def correspond(
         raise TruePoseError(f"there are {len(source)} source bodies and {len(target)} target bodies; expected as many")
     model = GenericBody() if model is None else model
     found = model.locate(target_maps, source, mirror)
-    grid = (2 * found[:, :2] - 1).permute(0, 2, 3, 1)
+    # `locate` answers for a frame of the target's shape; both frames are as high, and the middle is the middle.
+    (height, width), (source_height, source_width) = target_maps.size, source_maps.size
+    wider = width * source_height / (height * source_width)
+    grid = ((2 * found[:, :2] - 1) * found.new_tensor([wider, 1.0])[:, None, None]).permute(0, 2, 3, 1)
     # Nearest, not bilinear: between two parts a mean of depths is nobody's depth.
     shown = torch.cat([source_maps.depth, source_maps.mask, source_maps.normal[:, 2:]], 1)
     at = grid_sample(shown, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    near = (found[:, 2:] - at[:, :1]).abs() < DEPTH_TOLERANCE * 1.75 * source.camera[:, :1, None, None]
+    near = (found[:, 2:] - at[:, :1]).abs() < DEPTH_TOLERANCE * HEIGHT * source.camera[:, :1, None, None]
     seen = (near & (at[:, 1:2] > 0)).to(grid) * target_maps.mask
     return Correspondence(grid * target_maps.mask[:, 0, ..., None], seen, at[:, 2:].clamp(0, 1) * seen, target_maps)
 
@@ -98,9 +101,10 @@ def carry(
 ) -> Carried:
     """The source picture on the target body.
 
-    image: [B, C, h, w], a picture or features on a grid over it. parsing: the source picture's. source, target: B
-    bodies, or one target body for all. size: (height, width) of the target picture, by default the source parsing's.
-    model: the body both are drawn with (default: the generic one). mirror: see `correspond`.
+    image: [B, C, h, w], a picture or features on a grid over it. parsing: the source picture's. source, target: bodies;
+    there are B of one side and B or 1 of the other. size: (height, width) of the target picture, by default the source
+    parsing's. model: the body both are drawn with (default: the generic one), of B people or of one. mirror: see
+    `correspond`.
 
     A pixel was seen when the depth test holds and the source's parsing says that a person is there. Raises
     TruePoseError for counts that do not match or a body outside its picture.
@@ -112,14 +116,25 @@ def carry(
             f"there are {image.shape[0]} pictures, {parsing.batch} parsings and {len(source)} source bodies; expected "
             "one of each per person"
         )
-    source_maps = model.render(source, *parsing.size)
+    count = max(len(source), len(target))
+    if not {len(source), len(target)} <= {1, count}:
+        raise TruePoseError(
+            f"there are {len(source)} source bodies and {len(target)} target bodies; expected as many, or 1 of either"
+        )
+    # One source is rendered once, however many poses it is carried to.
+    source_maps = model.render(source, *parsing.size).select(_repeats(len(source), count))
+    source, target = source.select(_repeats(len(source), count)), target.select(_repeats(len(target), count))
     target_maps = model.render(target, *size)
     found = correspond(source, target, source_maps, target_maps, model, mirror)
-    masks = parsing.masks.to(image)
+    image, masks = image.expand(count, -1, -1, -1), parsing.masks.to(image).expand(count, -1, -1, -1)
     regions = found.sample(masks)
     person = regions[:, 1:].sum(1, keepdim=True)
     seen = found.seen.to(image) * (person > 0.5)
     return Carried(found.sample(image) * seen, seen, carried_parsing(found, masks, seen), found)
+
+
+def _repeats(of: int, count: int) -> Tensor:
+    return torch.arange(of).repeat(count // of)
 
 
 def carried_parsing(found: Correspondence, masks: Tensor, seen: Tensor) -> HumanParsing:
@@ -135,12 +150,12 @@ def carried_parsing(found: Correspondence, masks: Tensor, seen: Tensor) -> Human
     person = carried[:, 1:].sum(1, keepdim=True).clamp(min=1e-6)
     whole = torch.cat([torch.zeros_like(person), carried[:, 1:] / person], 1)
     # Mean regions of each part where it was seen: [B, 25, 7]; part 0 is nobody.
-    part = (target.part + 1).clamp(min=0).flatten(1)
+    part = (target.part + 1).flatten(1)
     weight = seen.flatten(1)
     sums = masks.new_zeros((batch, 25, len(Region)))
     sums.scatter_add_(1, part[..., None].expand(-1, -1, len(Region)), (whole * seen).flatten(2).transpose(1, 2))
     counts = masks.new_zeros((batch, 25)).scatter_add_(1, part, weight)
-    own = torch.nn.functional.one_hot(target.region.clamp(min=0), len(Region)).permute(0, 3, 1, 2).to(masks)
+    own = one_hot(target.region, len(Region)).permute(0, 3, 1, 2).to(masks)
     # A handful of pixels is no evidence for a whole part.
     known = counts >= 0.15 * masks.new_zeros((batch, 25)).scatter_add_(1, part, torch.ones_like(weight)).clamp(min=4)
     mean = sums / counts.clamp(min=1e-6)[..., None]

@@ -8,7 +8,7 @@ the continuous rotations are those of HMR (arXiv 1712.06584) and Zhou et al. (ar
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from truepose_core.body.pose import BodyPose
+from truepose_core.body.pose import HEIGHT, BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin.body import (
     OPENPOSE_JOINTS,
@@ -29,7 +29,7 @@ from truepose_core.mannequin.body import (
 )
 
 HYPOTHESES = 3
-WIDTH, DEPTH = 512, 3
+WIDTH, DEPTH = 640, 3
 FEWEST = 5
 """Keypoints that have to be there before a body can be lifted."""
 FIT_STEPS = 4
@@ -87,8 +87,9 @@ class LiftNet(nn.Module):
         self.head = nn.Linear(width, hypotheses * (24 * 6 + 10) + hypotheses)
         # How far its bodies usually are from the truth (`training.lift.calibrate`): rotations of the joints about their
         # own axes and shape, [82, 82], and the mean doubt that goes with it, radians.
-        self.covariance = torch.diag(torch.cat([torch.full((72,), 0.04), torch.full((10,), 0.5)]))
-        self.usual_doubt = 0.2
+        spread = torch.cat([torch.full((72,), 0.04), torch.full((10,), 0.5)])
+        self.register_buffer("covariance", torch.diag(spread))
+        self.register_buffer("usual_doubt", torch.tensor([0.2]))
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = self.head(self.trunk(points))
@@ -113,10 +114,14 @@ def solve_camera(points: Tensor, xy: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([scale[:, None], shift], 1)
 
 
-def keypoints_of(rotation: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+Joints = Callable[[Tensor], Tensor]
+"""Joints of the T-pose [N, 24, 3], metres, pelvis at 0, of shapes [N, 10]: a body model's proportions."""
+
+
+def keypoints_of(rotation: Tensor, beta: Tensor, joints: Joints = rest_joints) -> tuple[Tensor, Tensor]:
     """OpenPose's 18 points of bodies: metres [N, 18, 3] and whether a detector would see them [N, 18]. rotation:
     local [N, 24, 3, 3]; beta: [N, 10]."""
-    world, position = chain_rotations(rotation, rest_joints(beta))
+    world, position = chain_rotations(rotation, joints(beta))
     return openpose_points(world, position, beta)
 
 
@@ -167,12 +172,14 @@ def fit_bodies(
     covariance: Tensor,
     steps: int = FIT_STEPS,
     shape: Tensor | None = None,
+    joints: Joints = rest_joints,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The likeliest bodies, given where the keypoints are and what is thought of the bodies beforehand.
 
     rotation [N, 24, 3, 3], beta [N, 10]: the prior's mean, where the fit starts. covariance: the prior's, [82, 82] or
     [N, 82, 82]: joint rotations about their own axes (72, radians) and shape (10). body: keypoints [N, 18, 3]. aspect:
-    width / height. shape: known shapes [N, 10], which stay as they are. steps: of Gauss-Newton, damped.
+    width / height. shape: known shapes [N, 10], which stay as they are. steps: of Gauss-Newton, damped. joints: rest
+    joints [N, 24, 3] of shapes [N, 10].
 
     Returns rotation, beta, camera [N, 3], and the root mean square distance that is left [N], in frame heights.
     """
@@ -187,7 +194,7 @@ def fit_bodies(
     shift = rotation.new_zeros(count, size)
     camera = rotation.new_zeros(count, 3)
     for step in range(steps + 1):
-        world, position = chain_rotations(local, rest_joints(beta))
+        world, position = chain_rotations(local, joints(beta))
         points, _ = openpose_points(world, position, beta)
         if step == 0:
             camera = solve_camera(points, xy, weight)
@@ -198,12 +205,12 @@ def fit_bodies(
             break
         parts = [_jacobian(world, position, points)]
         if shape is None:
-            parts.append(_shape_jacobian(local, beta, points))
+            parts.append(_shape_jacobian(local, beta, points, joints))
         moves = torch.cat(parts, -1)[:, :, :2] * points.new_tensor([1.0, -1.0])[:, None] * scale[..., None]
         of_camera = torch.stack([flat, *(points.new_tensor(v).expand_as(flat) for v in ((1.0, 0.0), (0.0, 1.0)))], -1)
         jacobian = torch.cat([moves, of_camera], -1).flatten(1, 2)
         # Keypoints are off by a share of the person's height, which the camera tells.
-        sure = (weight / (_SIGMA * 1.75 * camera[:, :1]).square()).repeat_interleave(2, 1)
+        sure = (weight / (_SIGMA * HEIGHT * camera[:, :1]).square()).repeat_interleave(2, 1)
         normal = jacobian.transpose(1, 2) @ (jacobian * sure[..., None])
         normal[:, :size, :size] += precision
         normal.diagonal(dim1=1, dim2=2).add_(1e-4)
@@ -223,18 +230,32 @@ def fit_bodies(
     return local, beta, camera, error
 
 
-def _shape_jacobian(local: Tensor, beta: Tensor, points: Tensor) -> Tensor:
+def _shape_jacobian(local: Tensor, beta: Tensor, points: Tensor, joints: Joints = rest_joints) -> Tensor:
     """How the 18 points [N, 18, 3] move with the shape numbers: [N, 18, 3, 10], by differences (nearly linear)."""
     step = 0.05
     other = (beta[:, None] + step * torch.eye(10).to(beta)).flatten(0, 1)
-    moved, _ = keypoints_of(local.repeat_interleave(10, 0), other)
+    moved, _ = keypoints_of(local.repeat_interleave(10, 0), other, joints)
     return ((moved.unflatten(0, (len(beta), 10)) - points[:, None]) / step).permute(0, 2, 3, 1)
+
+
+def prior_covariance(net: LiftNet, doubt: Tensor, foreign_shape: bool = False) -> Tensor:
+    """What the fit may change in bodies that the network doubts by `doubt` [N], radians: [N, 82, 82]. foreign_shape:
+    the shape numbers are another model's, of variance 1 and unknown to the network."""
+    # What is uncertain beforehand may move further.
+    covariance = net.covariance * (doubt / net.usual_doubt).square()[:, None, None]
+    if foreign_shape:
+        covariance = covariance.clone()
+        covariance[:, 72:], covariance[:, :, 72:] = 0, 0
+        covariance[:, 72:, 72:] = torch.eye(10).to(covariance)
+    return covariance
 
 
 def check_liftable(body: Tensor) -> None:
     """Raises TruePoseError for keypoints of another shape, NaN, or too few of them."""
-    if body.ndim != 3 or body.shape[1:] != (18, 3):
-        raise TruePoseError(f"keypoints are {tuple(body.shape)}; expected [N, 18, 3]: OpenPose's 18 body points")
+    if body.ndim != 3 or body.shape[1:] != (18, 3) or not len(body):
+        raise TruePoseError(
+            f"keypoints are {tuple(body.shape)}; expected [N, 18, 3], OpenPose's 18 body points, N at least 1"
+        )
     if not torch.isfinite(body).all():
         raise TruePoseError("keypoints hold NaN or infinite values")
     counts = (body[..., 2] > 0).sum(1)
@@ -279,8 +300,8 @@ def lift(
     if not 1 <= hypotheses <= net.sizes["hypotheses"]:
         raise TruePoseError(f"{hypotheses} bodies were asked for; expected 1 to {net.sizes['hypotheses']}")
     rotation, beta, doubt = propose(body, aspect, net)
-    # What is uncertain beforehand may move further.
-    spread = (doubt / net.usual_doubt).square()
+    if shape is not None and shape.shape != beta[:, 0].shape:
+        raise TruePoseError(f"known shapes are {tuple(shape.shape)}; expected [{len(body)}, 10], one for each person")
     found = []
     for k in range(hypotheses):
         local, beta_k, camera, error = fit_bodies(
@@ -288,14 +309,14 @@ def lift(
             beta[:, k],
             body.float(),
             aspect,
-            covariance=net.covariance.to(body.device) * spread[:, k, None, None],
+            covariance=prior_covariance(net, doubt[:, k]),
             steps=steps,
             shape=shape,
         )
         found.append((matrix_to_axis_angle(local), beta_k, camera, error))
     theta, betas, camera, error = (torch.stack(x, 1) for x in zip(*found, strict=True))
     # A body whose keypoints miss by 1 % of the person's height is doubted by another tenth of a radian.
-    order = (doubt[:, :hypotheses] + 10 * error / (1.75 * camera[..., 0])).argsort(1)
+    order = (doubt[:, :hypotheses] + 10 * error / (HEIGHT * camera[..., 0])).argsort(1)
     rows = torch.arange(len(body), device=body.device)[:, None]
     theta, betas, camera, error, doubt = (x[rows, order] for x in (theta, betas, camera, error, doubt))
     bodies = [BodyPose(theta[:, k], betas[:, k], camera[:, k]) for k in range(hypotheses)]
@@ -313,17 +334,6 @@ def net_path() -> Path:
 def lift_net(path: str | None = None) -> LiftNet:
     """The lifting network (the one that ships, or a file of `truepose train --row lift`), in float32. Raises
     TruePoseError when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import load_strict, read_small
+    from truepose_core.models.store import load_small
 
-    metadata, tensors = read_small(path or net_path(), "lift")
-    # Weights made inside inference mode (ComfyUI's nodes) could never take part in a gradient.
-    with torch.inference_mode(False):
-        net = LiftNet(**json.loads(metadata["config"]))
-        found = {name: x.float() for name, x in tensors.items()}
-        if "covariance" not in found or "usual_doubt" not in found:
-            raise TruePoseError(
-                f"{path or net_path()} has no calibration; train it again with truepose train --row lift"
-            )
-        net.covariance, net.usual_doubt = found.pop("covariance"), found.pop("usual_doubt").item()
-        load_strict(net, found, str(path or net_path()))
-        return net.eval().requires_grad_(False)
+    return load_small(path or net_path(), "lift", LiftNet)

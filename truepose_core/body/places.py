@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from truepose_core.body.carry import carried_parsing, correspond
 from truepose_core.body.lift import FEWEST, lift
 from truepose_core.body.pose import BodyPose
-from truepose_core.body.render import BodyMaps, BodyModel, GenericBody, surface_tokens
+from truepose_core.body.render import BodyModel, GenericBody, surface_tokens
 from truepose_core.parsing import HumanParsing
 
 _log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ TORSO = 0.5
 """Metres from neck to pelvis of the body at rest. Places are in torso lengths, as on the skeleton, so that a gamma
 means the same on both."""
 _FINEST, _COARSEST = 256, 96
+"""Heights in pixels: more than the first says nothing more of a grid, less than the second misses arms."""
 
 
 def _render_size(height: int, width: int) -> tuple[int, int]:
@@ -50,27 +52,21 @@ class SurfacePlaces:
     @classmethod
     def of_keypoints(cls, body: Tensor, aspect: float) -> SurfacePlaces | None:
         """Of keypoints [S, 18, 3]. None, said in the log, where a person shows too few of them."""
-        fewest = int((body[..., 2] > 0).sum(1).min())
-        if fewest < FEWEST:
-            _log.warning(
-                "a pose has %d visible body keypoints, a body needs %d: places are taken from the skeleton",
-                fewest,
-                FEWEST,
-            )
-            return None
-        return cls(body, aspect)
+        return cls(body, aspect) if _shows_enough(body, "the source", "places are taken from the skeleton") else None
 
     def target(self, body: Tensor, aspect: float) -> BodyPose | None:
-        """The same people [T] in the poses of keypoints [T, 18, 3], T a multiple of S; None, said in the log, where a
-        pose shows too few of them."""
-        if int((body[..., 2] > 0).sum(1).min()) < FEWEST:
-            _log.warning(
-                "a target pose has fewer than %d visible body keypoints: places are taken from the skeleton", FEWEST
-            )
+        """The same people [T] in the poses of keypoints [T, 18, 3], T a multiple of S, or one pose for all (of the
+        first one's shape); None, said in the log, where a pose shows too few of them."""
+        if not _shows_enough(body, "a target pose", "it goes without body match, and regions go by the skeleton"):
             return None
         shape = self.bodies.beta
         shape = shape.repeat_interleave(max(1, len(body) // len(shape)), 0)[: len(body)]
         return lift(body.float().cpu(), aspect, shape=shape).bodies
+
+    def repeated(self, times: int) -> SurfacePlaces:
+        """Each person `times` times, in a row."""
+        given = self.bodies.repeat(times)
+        return replace(self, body=self.body.repeat_interleave(times, 0), given=given)
 
     def tokens(self, bodies: BodyPose, height: int, width: int, aspect: float) -> Tensor:
         """Places of a height x width grid over pictures of these bodies: [N, height * width, 4], the place at rest in
@@ -86,12 +82,20 @@ class SurfacePlaces:
         sources = self.bodies.repeat(times)
         masks = parsing.masks.float().cpu().repeat_interleave(times, 0)
         maps = self.model.render(sources, *_within(parsing.size))
-        target: BodyMaps = self.model.render(targets, *_render_size(*size))
+        target = self.model.render(targets, *_render_size(*size))
         found = correspond(sources, targets, maps, target, self.model)
         person = found.sample(masks[:, 1:].sum(1, keepdim=True))
         carried = carried_parsing(found, masks, found.seen * (person > 0.5))
-        pooled = torch.nn.functional.adaptive_avg_pool2d(carried.masks, size)
+        pooled = adaptive_avg_pool2d(carried.masks, size)
         return HumanParsing(pooled / pooled.sum(1, keepdim=True))
+
+
+def _shows_enough(body: Tensor, whose: str, instead: str) -> bool:
+    """Whether keypoints [N, 18, 3] can all be lifted; where not, the log says so, and what is done instead."""
+    fewest = int((body[..., 2] > 0).sum(1).min())
+    if fewest < FEWEST:
+        _log.warning("%s has %d visible body keypoints, a body needs %d: %s", whose, fewest, FEWEST, instead)
+    return fewest >= FEWEST
 
 
 def places_of(match: str, body: Tensor | None, aspect: float) -> SurfacePlaces | None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 
 JOINTS, SHAPE, CAMERA = 24, 10, 3
+HEIGHT = 1.75
+"""Of a person, metres, where tolerances are shares of it: times the camera's scale it is in frame heights."""
 _DEGREES = 2 * math.pi + 0.1
 """No axis-angle vector of a joint needs to be longer than a full turn; one that is holds degrees."""
 _FAR = 50.0

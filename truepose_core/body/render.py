@@ -16,15 +16,13 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
 
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.mannequin.body import axis_angle_to_matrix, chain_rotations, rest_joints
+from truepose_core.mannequin.body import SWAPPED, axis_angle_to_matrix, chain_rotations, rest_joints
 from truepose_core.mannequin.identity import Identities, sample_identities
-from truepose_core.mannequin.parts import EAR, HAIR, HEAD, HIP, LEG, SHOE, SKIN, SLEEVE, TORSO, Parts, body_parts
+from truepose_core.mannequin.parts import HAIR, HIP, LEG, SLEEVE, TORSO, Parts, body_parts
 from truepose_core.mannequin.render import Scene, paint_surface, pool_samples, tile_grid, trace
 
 MIRRORS = {"none": (1, 1), "left-right": (-1, 1), "front-back": (1, -1), "both": (-1, -1)}
 """Which look-alike of a surface point is meant: the sign of x (the other side) and of z (the other face)."""
-SWAPPED = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
-"""The joint on the other side of the body."""
 _CHUNK = 32
 
 
@@ -72,7 +70,7 @@ class BodyModel(Protocol):
         """Where the surface points of N maps are on other bodies [N]: [N, 3, H, W]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Girth:
     """How much wider than the neutral body a person is drawn, as factors on the radius of its parts: loose tops, wide
     trousers, long hair. Each is [N]; `fit_girth` reads them off a silhouette."""
@@ -97,7 +95,6 @@ class Girth:
 
 
 _MATERIALS = {"trunk": (TORSO, HIP), "arms": (SLEEVE,), "legs": (LEG,), "hair": (HAIR,)}
-_BARE = (SKIN, HEAD, EAR, SHOE)
 
 
 @lru_cache(maxsize=1)
@@ -122,7 +119,7 @@ def _widened(parts: Parts, girth: Girth) -> Parts:
     return replace(parts, radius=parts.radius * factor[..., None])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenericBody:
     """The mannequin in a neutral wardrobe. girth: of N people (or of one, for all); None is the neutral one's. people:
     N people of the mannequin world in their own clothes instead, for training and measuring."""
@@ -139,6 +136,15 @@ class GenericBody:
             parts = _widened(parts, self.girth)
         return Scene(parts, people, rest, rotation, position, body.camera)
 
+    def _check_count(self, count: int) -> None:
+        girths = count if self.girth is None else len(self.girth.trunk)
+        people = count if self.people is None else len(self.people)
+        if girths not in (1, count) or people != count:
+            what, given = ("the clothes", people) if people != count else ("the girths", girths)
+            raise TruePoseError(
+                f"the generic body is drawn with {what} of {given} people; there are {count} bodies: expected as many"
+            )
+
     def select(self, index: Tensor) -> GenericBody:
         """The bodies of the people at `index`."""
         one = self.girth is not None and len(self.girth.trunk) == 1
@@ -150,7 +156,8 @@ class GenericBody:
     @torch.no_grad()
     def render(self, body: BodyPose, height: int, width: int) -> BodyMaps:
         """The visible surface of N bodies in a frame of height x width pixels. Raises TruePoseError where a body is
-        wholly outside the frame."""
+        wholly outside the frame, and for girths or people of another count."""
+        self._check_count(len(body))
         pieces = [
             _maps(self.select(chosen)._scene(body.select(chosen)), height, width)
             for chosen in torch.arange(len(body), device=body.theta.device).split(_CHUNK)
@@ -232,6 +239,9 @@ def _maps(scene: Scene, height: int, width: int) -> BodyMaps:
 
 
 _GIRTHS = (0.9, 1.0, 1.12, 1.25, 1.45, 1.7, 2.0)
+_FITTED_JOINTS = {"trunk": (0, 3, 6, 9), "arms": (16, 17, 18, 19), "legs": (1, 2, 4, 5), "hair": (12, 15)}
+_LEAST_SHOWN = 0.05
+"""Parts that take less of the body's pixels than this stay neutral: their girth would make up for that of others."""
 
 
 @torch.no_grad()
@@ -239,23 +249,30 @@ def fit_girth(body: BodyPose, silhouettes: dict[str, Tensor], rounds: int = 1) -
     """The girths whose drawn body covers its own clothes best (largest IoU).
 
     body: N people. silhouettes: "trunk" (upper and lower garment count for trunk, arms and legs), "hair": masks
-    [N, H, W] in [0, 1] of the person's clothes and hair in the picture. Ours.
+    [N, H, W] in [0, 1] of the person's clothes and hair in the picture. Parts that the picture does not show stay
+    neutral. Ours.
     """
     height, width = next(iter(silhouettes.values())).shape[-2:]
     girth = Girth.neutral(len(body), body.theta.device)
+    part = GenericBody().render(body, height, width).part.flatten(1)
+    on_body = (part >= 0).sum(1).clamp(min=1)
+    factors = girth.trunk.new_tensor(_GIRTHS)
+    # Of equals the neutral one.
+    handicap = 1e-4 * (factors != 1).to(factors)
+    # All factors of all people in one batch: a person's stand in a row.
+    row = torch.arange(len(body), device=factors.device).repeat_interleave(len(factors))
     for _ in range(rounds):
         for name in _MATERIALS:
-            truth = silhouettes["hair" if name == "hair" else "trunk"]
-            scores = []
-            for factor in _GIRTHS:
-                tried = replace(girth, **{name: torch.full_like(girth.trunk, factor)})
-                region = GenericBody(tried).render(body, height, width).region
-                drawn = (region == 2) if name == "hair" else (region == 3) | (region == 4)
-                both = (drawn * truth).flatten(1).sum(1)
-                either = torch.maximum(drawn.to(truth), truth).flatten(1).sum(1)
-                scores.append(both / either.clamp(min=1))
-            best = torch.stack(scores).argmax(0)
-            girth = replace(girth, **{name: girth.trunk.new_tensor(_GIRTHS)[best]})
+            truth = silhouettes["hair" if name == "hair" else "trunk"][row]
+            tried = replace(girth.select(row), **{name: factors.repeat(len(body))})
+            region = GenericBody(tried).render(body.select(row), height, width).region
+            drawn = (region == 2) if name == "hair" else (region == 3) | (region == 4)
+            both = (drawn * truth).flatten(1).sum(1)
+            either = torch.maximum(drawn.to(truth), truth).flatten(1).sum(1)
+            score = (both / either.clamp(min=1)).unflatten(0, (len(body), len(factors))) - handicap
+            joints = torch.tensor(_FITTED_JOINTS[name], device=part.device)
+            shown = torch.isin(part, joints).sum(1) >= _LEAST_SHOWN * on_body
+            girth = replace(girth, **{name: torch.where(shown, factors[score.argmax(1)], getattr(girth, name))})
     return girth
 
 

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from truepose_core import __version__
-from truepose_core.cli import benchmark, convert, demo, evaluate, inspect, models, train, transfer
+from truepose_core.cli import benchmark, carry, convert, demo, evaluate, inspect, models, train, transfer
 from truepose_core.cli.console import Console, Parser
 from truepose_core.errors import TruePoseError
 
 COMMANDS = {
     "demo": demo,
     "transfer": transfer,
+    "carry": carry,
     "convert": convert,
     "inspect": inspect,
     "models": models,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truepose_core.cli.console import whole
 from truepose_core.cli.opening import ModelChoice, wants_vae
 from truepose_core.cli.photo import PICTURES, other_shape
 from truepose_core.errors import TruePoseError
@@ -17,10 +18,14 @@ from truepose_core.errors import TruePoseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from truepose_core.body.person import PosedBody
+
 LEFT_OUT = "none"
 """What --pose-map NAME= says of a map that is left out."""
 TRY_ON = "leffa-sd15"
 """The family that puts the garment of SOURCE on the person of a canvas."""
+RENDERED = ("depth", "normal", "semantic_map")
+"""The maps that a body gives, so that a pose is enough."""
 DENSEPOSE = "densepose"
 """The map that is no picture but numbers, so its pixels must not mix."""
 
@@ -33,8 +38,9 @@ def add_condition_arguments(parser: argparse._ActionsContainer) -> None:
         action="extend",
         default=[],
         metavar="NAME=PICTURE",
-        help="a picture of the pose, for models that read one: depth, normal, semantic_map (champ), densepose (Leffa), "
-        f"skeleton (drawn from --pose unless given). NAME=FOLDER for several poses, NAME={LEFT_OUT} to do without one",
+        help="a picture of the pose, for models that read one: depth, normal, semantic_map (champ) and skeleton, which "
+        "are drawn from --pose or --body unless given, and densepose (Leffa). NAME=FOLDER for several poses, "
+        f"NAME={LEFT_OUT} to do without one",
     )
     parser.add_argument(
         "--canvas",
@@ -46,6 +52,15 @@ def add_condition_arguments(parser: argparse._ActionsContainer) -> None:
         "--source-once",
         action="store_true",
         help="for a model that reads the source anew at every step (Leffa): only at the middle one, which is faster",
+    )
+    parser.add_argument(
+        "--source-reading",
+        choices=("once", "noise-levels", "every-step"),
+        help="for a Stable Diffusion folder, which was not trained to read a source: clean and once; noised, at "
+        "--levels noise levels, for all poses (the default); or noised to every step and read there, which costs most",
+    )
+    parser.add_argument(
+        "--levels", type=whole(1), metavar="N", help="noise levels that the source is read at (default: 4)"
     )
 
 
@@ -79,6 +94,16 @@ def check_condition_options(args: argparse.Namespace, model: ModelChoice) -> Non
         raise TruePoseError("--canvas and --mask belong together: give both, or neither to make the whole picture anew")
     if args.source_once and behaviour.source_timestep != "step":
         raise TruePoseError(f"--source-once is not for {name}, which reads the source once as it is; leave it out")
+    for option, given in (("--source-reading", args.source_reading), ("--levels", args.levels)):
+        if given is not None and not model.is_folder:
+            raise TruePoseError(
+                f"{option} is for a Stable Diffusion folder; {name} says how it was trained to read its source. Leave "
+                "it out"
+            )
+    if args.levels is not None and args.source_reading in ("once", "every-step"):
+        raise TruePoseError(f"--levels is for --source-reading noise-levels, not {args.source_reading}; leave it out")
+    if args.donors and args.source_reading == "every-step":
+        raise TruePoseError("--from is not for --source-reading every-step; leave one of them out")
     if args.donors and behaviour.keeps_latent:
         raise TruePoseError(f"--from is not for {name}, which reads its source anew at every step; leave it out")
 
@@ -143,14 +168,16 @@ def choose_guidance(pose: float | None, source: float | None, model: ModelChoice
 class PoseMaps:
     """The pictures of --pose-map, by the pose they show.
 
-    names: of the maps that are given as pictures. left_out: of those that the model does without. poses: the stem of a
-    pose's pictures -> map -> file. one: they show a single pose, whatever it is called.
+    names: of the maps that are given as pictures. left_out: of those that the model does without. rendered: of those
+    that the pose's body is drawn as. poses: the stem of a pose's pictures -> map -> file. one: they show a single pose,
+    whatever it is called.
     """
 
     names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     poses: dict[str, dict[str, Path]] | None = None
     one: bool = False
+    rendered: tuple[str, ...] = ()
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -174,13 +201,21 @@ class PoseMaps:
             )
         return self.poses[stem]
 
-    def pipeline_maps(self, chunk: Sequence[dict[str, Path]], size: tuple[int, int]) -> dict[str, Tensor | None] | None:
-        """What the pipeline takes for a chunk of poses, at the (height, width) of the pictures; None for no maps."""
+    def pipeline_maps(
+        self, chunk: Sequence[dict[str, Path]], size: tuple[int, int], bodies: Sequence[PosedBody] = ()
+    ) -> dict[str, Tensor | None] | None:
+        """What the pipeline takes for a chunk of poses, at the (height, width) of the pictures; None for no maps.
+        bodies: those of the chunk, for maps that are rendered."""
         import torch
 
-        if not self.given:
+        if not self.given and not self.rendered:
             return None
         maps = {name: torch.cat([load_map(files[name], name, size) for files in chunk]) for name in self.names}
+        if self.rendered:
+            from truepose_core.body.pictures import CHAMP_MAPS
+
+            drawn = [body.render(*size) for body in bodies]
+            maps |= {name: torch.cat([CHAMP_MAPS[name](one) for one in drawn]) for name in self.rendered}
         return maps | dict.fromkeys(self.left_out)
 
 
@@ -192,8 +227,9 @@ def maps_read(model: ModelChoice) -> tuple[str, ...]:
     return behaviour.pose_maps + ((DENSEPOSE,) if DENSEPOSE in behaviour.channels else ())
 
 
-def choose_maps(items: Sequence[str], model: ModelChoice) -> PoseMaps:
-    """The --pose-map options, checked against what the model reads; pictures are found, not read.
+def choose_maps(items: Sequence[str], model: ModelChoice, posed: bool = False) -> PoseMaps:
+    """The --pose-map options, checked against what the model reads; pictures are found, not read. posed: whether there
+    are poses that the maps of a body can be rendered from.
 
     Raises TruePoseError for another form, a map twice, one that the model does not read, one that it needs and that is
     not given, a folder that is missing or empty, and folders that do not have the same pictures.
@@ -214,9 +250,13 @@ def choose_maps(items: Sequence[str], model: ModelChoice) -> PoseMaps:
             raise TruePoseError(f"--pose-map: {name} is given twice; for several poses give {name}=FOLDER")
         values[name] = value
     missing = [name for name in read if name not in values and name != SKELETON]
+    rendered = tuple(name for name in missing if posed and name in RENDERED)
+    missing = [name for name in missing if name not in rendered]
     if missing:
         example = " ".join(f"{name}=PICTURE" for name in missing)
         without = "" if missing == [DENSEPOSE] else f", or {missing[0]}={LEFT_OUT} to do without"
+        if set(missing) <= set(RENDERED):
+            without += "; or give --pose or --body, which they are drawn from"
         raise TruePoseError(
             f"--model {model.name} reads the pose maps {', '.join(read)}, and {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing; add --pose-map {example}{without}"
@@ -226,17 +266,17 @@ def choose_maps(items: Sequence[str], model: ModelChoice) -> PoseMaps:
         raise TruePoseError(f"every pose map is left out; --model {model.name} needs one of {', '.join(read)}")
     files = {name: Path(values[name]) for name in read if name in values and name not in left_out}
     if not files:
-        return PoseMaps(left_out=left_out)
+        return PoseMaps(left_out=left_out, rendered=rendered)
     folders = {name: path for name, path in files.items() if path.is_dir()}
     if not folders:
-        return PoseMaps(tuple(files), left_out, {next(iter(files.values())).stem: files}, one=True)
+        return PoseMaps(tuple(files), left_out, {next(iter(files.values())).stem: files}, one=True, rendered=rendered)
     single = next((name for name in files if name not in folders), None)
     if single is not None:
         raise TruePoseError(
             f"--pose-map: {next(iter(folders))} is a folder and {single} is not ({files[single]}); give folders for "
             "several poses, or a picture for each map"
         )
-    return PoseMaps(tuple(files), left_out, _same_pictures(folders))
+    return PoseMaps(tuple(files), left_out, _same_pictures(folders), rendered=rendered)
 
 
 def _same_pictures(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
@@ -268,6 +308,9 @@ def why_keypoints(model: ModelChoice, maps: PoseMaps) -> str | None:
         return "this model follows keypoints"
     if SKELETON in maps_read(model) and SKELETON not in maps.given:
         return f"this model reads a skeleton, which is drawn from it; or give --pose-map {SKELETON}=PICTURE"
+    drawn = [name for name in maps_read(model) if name in RENDERED and name not in maps.given]
+    if drawn:
+        return f"this model reads {', '.join(drawn)}, which are drawn from it; or give --pose-map {drawn[0]}=PICTURE"
     return None
 
 
@@ -278,7 +321,7 @@ def check_keypoints(args: argparse.Namespace, model: ModelChoice, maps: PoseMaps
             "--paste-back moves the pose with the photo, and --pose-map and --canvas are pictures of their own; leave "
             "it out"
         )
-    if args.pose:
+    if args.pose or args.body:
         return
     reason = why_keypoints(model, maps)
     if reason is not None:
@@ -350,9 +393,8 @@ def command_line(model: ModelChoice) -> str:
     """The command that uses a model, with what it needs and capitals for what the user fills in."""
     from truepose_core.models.config import SKELETON
 
-    maps = tuple(name for name in maps_read(model) if name != SKELETON)
+    maps = tuple(name for name in maps_read(model) if name != SKELETON and name not in RENDERED)
     words = ["truepose transfer SOURCE.png"]
-    # Alone it may lack a skeleton only where it reads other maps.
     if why_keypoints(model, PoseMaps(names=maps)) is not None:
         words.append("--pose POSE.json")
     if maps:

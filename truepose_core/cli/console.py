@@ -127,6 +127,14 @@ def number(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
+def height_by_width(text: str) -> tuple[int, int]:
+    """An argparse type: HxW in pixels, 16 to 1024 a side -> (height, width)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and 16 <= int(part) <= 1024 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH of 16 to 1024 pixels, such as 128x96")
+    return int(parts[0]), int(parts[1])
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """An argparse type: WxH in pixels -> (width, height)."""
     from truepose_core.images import MIN_SIDE

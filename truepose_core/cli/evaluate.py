@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from truepose_core.cli.console import (
     Console,
     check_file,
     choose_device,
+    height_by_width,
     memory_text,
+    number,
     peak_memory,
     whole,
 )
 from truepose_core.errors import TruePoseError
+
+if TYPE_CHECKING:
+    from truepose_core.evaluation.depth_order import DepthOrderReport
+    from truepose_core.evaluation.field import FieldReport
+    from truepose_core.evaluation.guidance import GuidanceReport
+    from truepose_core.evaluation.parts import PartsReport
 
 HELP = "measure the models on the fixed test split, as a table"
 DESCRIPTION = """\
 Measure every row of the table on pairs that training never sees: PSNR and SSIM on the person, the clothes and the
 face, and whether the pattern of the clothes was carried over. Needs: pip install "comfyui-truepose[eval]"
 
-Rows without a network: copy (the source as it is), regions (the source's mean colours painted on the true target
-parsing), warp (the source moved along the skeleton). Learned rows of equal data, budget and seed: pose, concat, HPFA,
-HPFA+CAA. And bundled, the model that ships.
+Rows without a diffusion model: copy (the source as it is), regions (the source's mean colours painted on the true
+target parsing), warp (the source moved along the skeleton), body-lifted, body-given, surface (moved along a body lifted
+from the keypoints, a body of true parameters, the true person's surface), alignment-K (recurrent alignment in K steps
+on lifted bodies). With +parsing, places that the source hides are painted on the true target parsing. Learned rows of
+equal data, budget and seed: pose, concat, HPFA, HPFA+CAA. And bundled, the model that ships.
 
 With --depth-order: who is in front where keypoints do not say, on targets that come in two depths; the models of the
 relative depth guidance's ablation. Their rows in the table: depth-base, depth-decoupled, depth-2d, depth-3d (its
@@ -31,14 +41,20 @@ bodies lifted from keypoints), depth-3d-given (true bodies), depth-3d-found, dep
 
 With --parts: what surrounds the model instead. Parsing from keypoints (IoU of each region), retargeting (pixels),
 pasting back, and a swapped garment with the bundled model.
+
+With --field: the pose field's distance against the true one, on noise that training never saw. With --field-guidance:
+the share of joints that lie where they should (PCK) with that field's guidance and without, and what it costs.
 """
 EPILOG = """\
 examples:
   truepose eval --data mannequin --pairs 32                     a quick look
   truepose eval --data mannequin --json table.json --sheet table.png
   truepose eval --rows copy warp HPFA+CAA --steps 20
+  truepose eval --rows warp body-lifted body-given surface --size 128x96 --details
   truepose eval --rows copy mine --model mine=run/weights.safetensors
   truepose eval --data mannequin --parts --pairs 64
+  truepose eval --data mannequin --field
+  truepose eval --data mannequin --field-guidance --field-scale 10 50 250
   truepose eval --data mannequin --depth-order --steps 2
 """
 
@@ -53,10 +69,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 1_000_000),
         default=None,
         metavar="N",
-        help="the first N pairs (default: 512, all; with --parts 64, with --depth-order 128)",
+        help="the first N pairs (default: 512, all; with --parts 64, with --depth-order 128; with --field 6000 poses)",
     )
     parser.add_argument(
         "--parts", action="store_true", help="measure parsing from keypoints, retargeting, pasting back and a swap"
+    )
+    parser.add_argument(
+        "--field", action="store_true", help="measure the pose field: Spearman's correlation with the true distance"
+    )
+    parser.add_argument(
+        "--field-guidance",
+        action="store_true",
+        help="measure the pose field's guidance on easy and extreme poses (--pairs of each; default 128)",
+    )
+    parser.add_argument(
+        "--field-scale",
+        type=number(),
+        nargs="+",
+        metavar="S",
+        help="with --field-guidance: the scales to compare (default: 10)",
+    )
+    parser.add_argument(
+        "--field-mu",
+        type=number(),
+        metavar="M",
+        help="with --field-guidance: weight of the distance to the target pose (default: 20)",
     )
     parser.add_argument(
         "--depth-order", action="store_true", help="measure who is in front, on targets that differ in depth alone"
@@ -66,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="ROW",
-        help="which rows: copy, regions, warp, pose, concat, HPFA, HPFA+CAA, bundled (default: all)",
+        help="which rows: copy, regions, warp, body-lifted, body-given, surface (each also with +parsing), "
+        "alignment-1, alignment-2, alignment-4, pose, concat, HPFA, HPFA+CAA, bundled (default: all)",
     )
     parser.add_argument(
         "--model",
@@ -80,6 +118,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=whole(1, 1000), default=12, metavar="N", help="sampling steps of learned rows (default: 12)"
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling noise (default: 0)")
+    parser.add_argument(
+        "--size",
+        type=height_by_width,
+        metavar="HxW",
+        help="height x width of the pictures in pixels, 16 to 1024 (default: the largest chosen model's, else 64x48)",
+    )
+    parser.add_argument(
+        "--keypoint-noise",
+        type=number(0, 64),
+        default=0.0,
+        metavar="PX",
+        help="body and alignment rows: noise on the keypoints, in pixels of a 512x768 picture (default: 0)",
+    )
+    parser.add_argument(
+        "--missing",
+        type=number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="body and alignment rows: share of the keypoints that are left out (default: 0)",
+    )
+    parser.add_argument(
+        "--angle-noise",
+        type=number(0, 90),
+        default=0.0,
+        metavar="DEGREES",
+        help="row body-given: noise on the joint rotations (default: 0)",
+    )
+    parser.add_argument(
+        "--refit", action="store_true", help="row body-given: fit the noisy bodies to the keypoints (default: off)"
+    )
     parser.add_argument("--details", action="store_true", help="also print the table per view and per pattern")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first pairs")
@@ -97,15 +165,27 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_file(args.json, args.overwrite, (".json",))
     if args.sheet is not None:
         check_file(args.sheet, args.overwrite, IMAGE_SUFFIXES)
-    if args.depth_order:
-        return _run_depth_order(args, console, started, models)
-    if args.parts:
-        return _run_parts(args, console, started)
+    chosen = [name for name in ("parts", "field", "field_guidance", "depth_order") if vars(args)[name]]
+    if len(chosen) > 1:
+        raise TruePoseError(f"--{chosen[0]} and --{chosen[1].replace('_', '-')} are two measurements; give one of them")
+    if (args.field_scale or args.field_mu is not None) and not args.field_guidance:
+        raise TruePoseError("--field-scale and --field-mu belong to --field-guidance; add it, or leave them out")
+    if chosen:
+        return _run_other(args, chosen[0], console, started)
+    from truepose_core.evaluation.bodies import Difficulty
     from truepose_core.evaluation.evaluate import PAIRS, evaluate
 
     device = choose_device(args.device)
     report = evaluate(
-        args.data, args.pairs or PAIRS, args.seed, args.rows, args.steps, models=models or None, device=device
+        args.data,
+        args.pairs or PAIRS,
+        args.seed,
+        args.rows,
+        args.steps,
+        models=models or None,
+        size=args.size,
+        device=device,
+        difficulty=Difficulty(args.keypoint_noise, args.missing, args.angle_noise, args.refit),
     )
     if args.json is not None:
         atomic_write(args.json, report.to_json() + "\n", args.overwrite)
@@ -119,53 +199,75 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return report.to_dict()
 
 
-def _run_parts(args: argparse.Namespace, console: Console, started: float) -> dict[str, Any]:
-    """`--parts`: no model and no picture takes part in it."""
-    for option, given in (
-        ("--rows", args.rows),
-        ("--model", args.model),
-        ("--sheet", args.sheet),
-        ("--details", args.details),
-    ):
-        if given:
-            raise TruePoseError(f"{option} belongs to the table of models; leave it out with --parts")
+def _run_other(args: argparse.Namespace, what: str, console: Console, started: float) -> dict[str, Any]:
+    """`--parts`, `--field`, `--field-guidance` and `--depth-order`: what is not the table of models."""
+    used = {"field_guidance": ("model",), "depth_order": ("model",)}.get(what, ())
+    for option in ("rows", "model", "sheet", "details"):
+        if vars(args)[option] and option not in used:
+            raise TruePoseError(
+                f"--{option} belongs to the table of models; leave it out with --{what.replace('_', '-')}"
+            )
+    from truepose_core.images import atomic_write
+
+    measured = {"parts": _parts, "field": _field, "field_guidance": _field_guidance, "depth_order": _depth_order}
+    report = measured[what](args)
+    if args.json is not None:
+        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
+    console.say(report.markdown())
+    console.say(f"{time.perf_counter() - started:.1f} s in all")
+    if args.json is not None:
+        console.say(f"wrote {args.json}")
+    return report.to_dict()
+
+
+def _parts(args: argparse.Namespace) -> PartsReport:
     from truepose_core.evaluation.parts import evaluate_parts
-    from truepose_core.images import atomic_write
 
-    report = evaluate_parts(args.pairs or 64)
-    if args.json is not None:
-        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
-    console.say(report.markdown())
-    console.say(f"{time.perf_counter() - started:.1f} s in all")
-    if args.json is not None:
-        console.say(f"wrote {args.json}")
-    return report.to_dict()
+    return evaluate_parts(args.pairs or 64)
 
 
-def _run_depth_order(
-    args: argparse.Namespace, console: Console, started: float, models: dict[str, str]
-) -> dict[str, Any]:
-    """`--depth-order`: its own targets, and the models of the ablation."""
-    for option, given in (
-        ("--rows", args.rows),
-        ("--parts", args.parts),
-        ("--sheet", args.sheet),
-        ("--details", args.details),
-    ):
-        if given:
-            raise TruePoseError(f"{option} does not go with --depth-order; leave it out")
+def _field(args: argparse.Namespace) -> FieldReport:
+    from truepose_core.evaluation.field import POSES, evaluate_field
+
+    return evaluate_field(args.pairs or POSES, seed=args.seed)
+
+
+def _field_guidance(args: argparse.Namespace) -> GuidanceReport:
+    from dataclasses import replace
+
+    from truepose_core.evaluation.guidance import PAIRS, evaluate_guidance
+    from truepose_core.guidance.field import FieldGuidance
+    from truepose_core.models.store import BUNDLED
+
+    models = parse_models(args.model)
+    strange = set(models) - {BUNDLED}
+    if strange:
+        raise TruePoseError(f"--model: unknown row {min(strange)!r} for --field-guidance; expected {BUNDLED}=FILE")
+    usual = FieldGuidance() if args.field_mu is None else FieldGuidance(mu=args.field_mu)
+    options = {}
+    for scale in args.field_scale or [usual.scale]:
+        options[f"scale {scale:g}"] = replace(usual, scale=scale)
+        options[f"scale {scale:g}, field alone"] = replace(usual, scale=scale, mu=0)
+    return evaluate_guidance(
+        options,
+        args.pairs or PAIRS,
+        model=models.get(BUNDLED, BUNDLED),
+        steps=args.steps,
+        seed=args.seed,
+        device=choose_device(args.device),
+    )
+
+
+def _depth_order(args: argparse.Namespace) -> DepthOrderReport:
     from truepose_core.evaluation.depth_order import PAIRS, evaluate_depth_order
-    from truepose_core.images import atomic_write
 
-    device = choose_device(args.device)
-    report = evaluate_depth_order(args.pairs or PAIRS, steps=args.steps, seed=args.seed, models=models, device=device)
-    if args.json is not None:
-        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
-    console.say(report.markdown())
-    console.say(f"{time.perf_counter() - started:.1f} s in all")
-    if args.json is not None:
-        console.say(f"wrote {args.json}")
-    return report.to_dict()
+    return evaluate_depth_order(
+        args.pairs or PAIRS,
+        steps=args.steps,
+        seed=args.seed,
+        models=parse_models(args.model),
+        device=choose_device(args.device),
+    )
 
 
 def parse_models(items: list[str]) -> dict[str, str]:

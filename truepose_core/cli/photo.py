@@ -150,7 +150,7 @@ def check_options(args: argparse.Namespace, needs_parsing: bool = True) -> None:
     needs = {
         "--parser keypoints": args.parser == KEYPOINTS,
         "--retarget": args.retarget is not None,
-        "--source-person": args.source_person is not None,
+        "--source-person": args.source_person is not None and getattr(args, "source_body", None) is None,
     }
     for option, used in needs.items():
         if used and not finds_pose:

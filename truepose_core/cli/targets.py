@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from truepose_core.cli.bodies import read_posed
 from truepose_core.cli.conditions import PoseMaps, load_map
 from truepose_core.cli.console import Console, check_file, check_folder
 from truepose_core.cli.photo import PICTURES, Networks, PersonPhoto, choose_person, load_photo, told_where
@@ -16,6 +17,8 @@ from truepose_core.errors import TruePoseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from truepose_core.body.person import PosedBody
+    from truepose_core.body.smpl import SmplModel
     from truepose_core.pose import Pose
 
 GALLERY = "gallery:"
@@ -24,8 +27,9 @@ GALLERY = "gallery:"
 
 @dataclass(frozen=True)
 class Target:
-    """One pose to show. pose, frame, person: what --pose says, and which of it. body: [18, 3] keypoints, normalised to
-    the picture that is made. All are None where the maps, name -> file, say everything."""
+    """One pose to show. pose, frame, person: what --pose or --body says, and which of it. body: [18, 3] keypoints,
+    normalised to the picture that is made. All are None where the maps, name -> file, say everything. name: the stem of
+    its pictures. posed: the body on the picture that is made, where --body gives it."""
 
     pose: str | None
     frame: int | None
@@ -33,6 +37,8 @@ class Target:
     body: Tensor | None
     out: Path
     maps: dict[str, Path]
+    name: str
+    posed: PosedBody | None = None
 
 
 def fit_body(body: Tensor, canvas: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -40,6 +46,8 @@ def fit_body(body: Tensor, canvas: tuple[int, int], size: tuple[int, int]) -> Te
 
     The canvas is scaled by one factor until it fits, and centred; missing keypoints stay as they are.
     """
+    if canvas == size:
+        return body
     scale = min(size[0] / canvas[0], size[1] / canvas[1])
     share = body.new_tensor([canvas[0] * scale / size[0], canvas[1] * scale / size[1]])
     fitted = body.clone()
@@ -54,18 +62,18 @@ def read_targets(
     maps: PoseMaps,
     networks: Networks,
     console: Console,
+    smpl: SmplModel | None = None,
 ) -> list[Target]:
     """All poses on the canvas of `size` (width, height), with their maps and the paths of their pictures, which are
-    checked. source: the person as on that canvas, or as in the whole photo. Raises TruePoseError."""
-    from truepose_core.images import IMAGE_SUFFIXES
+    checked. source: the person as on that canvas, or as in the whole photo. smpl: what bodies are drawn with. Raises
+    TruePoseError."""
     from truepose_core.pose import body_tensor
 
-    out = Path(args.out)
-    found: list[tuple[str | None, int | None, int | None, Tensor | None]] = []
+    found: list[tuple[str | None, int | None, int | None, Tensor | None, PosedBody | None]] = []
     names: list[str] = []
-    if not args.pose:
+    if not args.pose and not args.body:
         names = list(maps.poses)
-        found = [(None, None, None, None)] * len(names)
+        found = [(None, None, None, None, None)] * len(names)
     for text in args.pose:
         poses, what, stem = read_poses(text, size, args.estimate_pose, networks, console)
         wheres = [what + (f", frame {frame}" if len(poses) > 1 else "") for frame in range(len(poses))]
@@ -85,24 +93,41 @@ def read_targets(
                 _check_inside(
                     body, f"{where}, retargeted,", size, console, "Give another pose, or leave out --retarget"
                 )
-        found += [(text, *each) for each in zip(range(len(poses)), people, bodies, strict=True)]
+        found += [(text, *each, None) for each in zip(range(len(poses)), people, bodies, strict=True)]
         names += [stem + (f"-{frame}" if len(poses) > 1 else "") for frame in range(len(poses))]
-    if len(found) == 1:
-        if out.is_dir():
-            raise TruePoseError(
-                f"--out {out} is a folder, and there is one pose in all; give the picture's path, such as "
-                f"{out / (names[0] + '.png')}"
-            )
-        paths = [check_file(out, args.overwrite, IMAGE_SUFFIXES)]
-    else:
-        if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
-            raise TruePoseError(f"--out {out} is one picture's name, and there are {len(found)} poses; give a folder")
-        paths = check_folder(out, unique_names(names), args.overwrite)
+    for text in args.body:
+        posed = read_posed(text, size, args.person, smpl, console).fitted(size)
+        body = posed.keypoints()[0]
+        _check_inside(body, f"body file {text}", size, console, "Is its camera of another picture?")
+        found.append((text, None, args.person, body, posed))
+        names.append(Path(text).stem)
+    paths = output_paths("--out", args.out, names, args.overwrite)
     files = [maps.of(name, len(names)) for name in names]
     for each in files:
         for name, path in each.items():
             load_map(path, name, size[::-1])
-    return [Target(*each, path, own) for each, path, own in zip(found, paths, files, strict=True)]
+    return [
+        Target(*each, path, own, name, posed)
+        for (*each, posed), path, own, name in zip(found, paths, files, names, strict=True)
+    ]
+
+
+def output_paths(option: str, out: str, names: list[str], overwrite: bool) -> list[Path]:
+    """Where the pictures of the poses called so go: one picture, or a folder for several. Raises TruePoseError for the
+    wrong one of these, or where it cannot be written."""
+    from truepose_core.images import IMAGE_SUFFIXES
+
+    path = Path(out)
+    if len(names) == 1:
+        if path.is_dir():
+            raise TruePoseError(
+                f"{option} {path} is a folder, and there is one pose in all; give the picture's path, such as "
+                f"{path / (names[0] + '.png')}"
+            )
+        return [check_file(path, overwrite, IMAGE_SUFFIXES)]
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        raise TruePoseError(f"{option} {path} is one picture's name, and there are {len(names)} poses; give a folder")
+    return check_folder(path, unique_names(names), overwrite)
 
 
 def read_poses(

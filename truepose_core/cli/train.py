@@ -1,14 +1,14 @@
-"""`truepose train`: every field of TrainingConfig is an option."""
+"""`truepose train`: every field of TrainingConfig, and of the small networks' settings, is an option."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from truepose_core.cli.console import Console, check_folder, memory_text, number, peak_memory, whole
+from truepose_core.cli.console import Console, check_folder, choose_device, memory_text, number, peak_memory, whole
 from truepose_core.errors import TruePoseError
 
 HELP = "train a model, on the mannequin world or on pairs of photographs"
@@ -20,6 +20,9 @@ Needs: pip install "comfyui-truepose[train]"
 DIR holds weights.safetensors at the end (averaged, float16: what --model and truepose eval take), sample-*.png and
 TensorBoard curves on the way, and a checkpoint. Ctrl-C writes a checkpoint and stops; the same command goes on from
 there, to the same state as a run that was never stopped.
+
+The rows lift, alignment, field and keypoints are small networks that stand beside the models; DIR gets
+weights.safetensors, a checkpoint and log.jsonl.
 """
 EPILOG = """\
 examples:
@@ -28,6 +31,11 @@ examples:
   truepose train --out run --base stable-diffusion-v1-5 --data my-pairs --row HPFA --height 512 --width 384 \\
       --precision bf16 --gradient-checkpointing
   accelerate launch --num_processes 2 -m truepose_core.cli train --out run
+  truepose train --out lift --row lift                                      keypoints to bodies
+  truepose train --out align --row alignment --height 64 --width 48 --steps 1300
+  truepose train --out field --row field                                    the pose field, some minutes
+  truepose train --out field --row field --data AMASS --every 30            on real people's poses
+  truepose train --out reader --row keypoints --vae stable-diffusion-v1-5 --data my-pairs
   tensorboard --logdir run/curves
   truepose eval --pairs 64 --rows copy mine --model mine=run/weights.safetensors
 """
@@ -40,7 +48,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         str,
         "ROW",
         "what is trained: pose, concat, HPFA or HPFA+CAA, the rows of the table; full, the bundled model; depth-base, "
-        "depth-decoupled, depth-2d, depth-3d or depth-3d-found, the ablation of relative depth guidance",
+        "depth-decoupled, depth-2d, depth-3d or depth-3d-found, the ablation of relative depth guidance; or lift, "
+        "alignment, field or keypoints, small networks",
     ),
     "steps": (whole(1, MOST), "N", "optimiser steps"),
     "sources": (whole(1, 4096), "N", "people per step"),
@@ -79,8 +88,28 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
 }
 
 
+# The same for what only the small networks have.
+SMALL_OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "batch": (whole(1, MOST), "N", "samples per step"),
+    "device": (str, "NAME", "cpu, cuda ..."),
+    "depth": (whole(1, 16), "N", "hidden layers; their size is --width"),
+    "hypotheses": (whole(1, 16), "N", "bodies that the network offers"),
+    "refill": (whole(1, MOST), "N", "people replaced at once, as often as one person a step makes it"),
+    "longer": (number(0, 1), "SHARE", "share of the steps that go from pose to pose in two steps, not one"),
+    "start": (str, "FILE", "weights to go on from"),
+    "lift": (str, "FILE", "the lifting network, if not the one that ships"),
+    "channels": (whole(8, 1024), "N", "channels at half the picture's size"),
+    "valid": (whole(16, MOST), "N", "valid poses drawn from the mannequin world"),
+    "noised": (whole(1, MOST), "N", "noised poses, labelled with their distance to the nearest valid one"),
+    "every": (whole(1, MOST), "N", "takes each N-th frame of --data, a folder of AMASS-style npz files"),
+    "vae": (str, "FOLDER", "reads the latents of the VAE in this folder, in diffusers format, instead of pictures"),
+    "widths": (whole(8, 1024), "N", "channels at a half, a quarter and an eighth of the size"),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `truepose train`, with TrainingConfig's defaults."""
+    """The options of `truepose train`, with TrainingConfig's defaults; what is not given is not set."""
+    from truepose_core.training.rows import SMALL_ROWS
     from truepose_core.training.train import TrainingConfig
 
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; made if need be")
@@ -89,31 +118,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     for field in fields(TrainingConfig):
         read, placeholder, meaning = OPTIONS[field.name]
-        name = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
-            group.add_argument(name, action="store_true", help=f"{meaning} (default: off)")
+            group.add_argument(
+                _option(field.name), action="store_true", default=argparse.SUPPRESS, help=f"{meaning} (default: off)"
+            )
             continue
         several = isinstance(field.default, tuple)
         default = "none" if field.default in ((), "") else field.default
-        group.add_argument(
-            name,
-            type=read,
-            nargs="*" if several else None,
-            default=field.default,
-            metavar=placeholder,
-            help=f"{meaning} (default: {default})",
+        _add_option(group, field.name, read, placeholder, f"{meaning} (default: {default})", "*" if several else None)
+    settings = {row: {f.name: f.default for f in fields(small.load()[0])} for row, small in SMALL_ROWS.items()}
+    told = [
+        f"{row}, {SMALL_ROWS[row].about}: "
+        + ", ".join(f"{_option(name)} {_shown(own[name])}" for name in own if name in OPTIONS)
+        for row, own in settings.items()
+    ]
+    group = parser.add_argument_group(
+        "small networks", "options above that they share, with their defaults: " + "; ".join(told)
+    )
+    for name, (read, placeholder, meaning) in SMALL_OPTIONS.items():
+        defaults = ", ".join(f"{row} {_shown(own[name])}" for row, own in settings.items() if name in own)
+        _add_option(group, name, read, placeholder, f"{meaning} (default: {defaults})", 3 if name == "widths" else None)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(default: Any) -> str:
+    if default in ((), ""):
+        return "none"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _add_option(
+    group: argparse._ArgumentGroup, name: str, read: Any, placeholder: str, told: str, several: str | int | None
+) -> None:
+    group.add_argument(
+        _option(name), type=read, nargs=several, default=argparse.SUPPRESS, metavar=placeholder, help=told
+    )
+
+
+def read_config(args: argparse.Namespace, kind: type, row: str) -> Any:
+    """The settings of a row, `kind`'s defaults where nothing was given. Raises TruePoseError for an option that the row
+    does not have."""
+    given = {name: vars(args)[name] for name in (*OPTIONS, *SMALL_OPTIONS) if name in vars(args)}
+    known = {field.name for field in fields(kind)} | {"row"}
+    strange = sorted(_option(name) for name in given if name not in known)
+    if strange:
+        raise TruePoseError(
+            f"{', '.join(strange)} has no meaning for row {row}; its options are "
+            f"{', '.join(sorted(map(_option, known)))}"
         )
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "row" not in {field.name for field in fields(kind)}:
+        given.pop("row", None)
+    return kind(**given)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, or go on training. Returns the report that --json prints."""
+    from truepose_core.training.rows import SMALL_ROWS
+
+    row = getattr(args, "row", None)
+    if row in SMALL_ROWS:
+        return _run_small(args, row, console)
     for library, extra in (("accelerate", ""), ("tensorboard", "[train]")):
         if find_spec(library) is None:
             raise TruePoseError(f'training needs {library}; install it with: pip install "comfyui-truepose{extra}"')
-    from truepose_core.training.train import Trainer, TrainingConfig, trainable
+    from truepose_core.training.train import ROWS, Trainer, TrainingConfig, trainable
 
-    values = {field.name: getattr(args, field.name) for field in fields(TrainingConfig)}
-    config = TrainingConfig(**{**values, "keep": tuple(values["keep"])})
+    if row is not None and row not in ROWS:
+        raise TruePoseError(f"unknown row {row!r}; expected one of {', '.join((*ROWS, *SMALL_ROWS))}")
+    config = read_config(args, TrainingConfig, row or TrainingConfig.row)
     _check(config)
     out = Path(args.out)
     # A finished run may be trained on: its own files are its own to replace.
@@ -144,6 +220,38 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if main:
         console.say(f"{trainer.seconds:.0f} s of training; {memory_text(memory)}\nwrote {weights}")
         console.report(report)
+    return report
+
+
+def _run_small(args: argparse.Namespace, row: str, console: Console) -> dict[str, Any]:
+    """Train one of the small networks."""
+    from truepose_core.training.rows import SMALL_ROWS
+
+    kind, make = SMALL_ROWS[row].load()
+    config = read_config(args, kind, row)
+    config = replace(config, device=str(choose_device(config.device)))
+    out = Path(args.out)
+    check_folder(out, ["weights.safetensors"], overwrite=True)
+    trainer = make(config, out, quiet=args.quiet)
+    count = sum(p.numel() for p in trainer.net.parameters())
+    start = f"going on from step {trainer.step}" if trainer.step else "from scratch"
+    console.say(f"{row}, {count:,} weights, {config.steps} steps {start}, on {config.device}")
+    try:
+        weights = trainer.run()
+    except KeyboardInterrupt:
+        saved = f"step {trainer.step} of {config.steps} is saved in {out}"
+        raise KeyboardInterrupt(saved, "the same command goes on from there") from None
+    memory = peak_memory(choose_device(config.device))
+    report = {
+        "weights": str(weights),
+        "row": row,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "device": config.device,
+        **memory,
+    }
+    console.say(f"{trainer.seconds:.0f} s of training; {memory_text(memory)}\nwrote {weights}")
+    console.report(report)
     return report
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truepose_core.cli.bodies import add_body_arguments, check_body_options, load_smpl, posed_targets
 from truepose_core.cli.conditions import (
     PoseMaps,
     add_condition_arguments,
@@ -66,8 +67,10 @@ from truepose_core.errors import TruePoseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from truepose_core.body.person import PosedBody
     from truepose_core.features import SourceFeatures
     from truepose_core.framing import Crop
+    from truepose_core.guidance.field import FieldGuidance
     from truepose_core.models.cfld import CFLDSource
     from truepose_core.parsing import HumanParsing
 
@@ -102,7 +105,8 @@ poses:
 models of other systems:
   --model takes their weight files as they were published, or what truepose convert wrote; `truepose inspect FILE...`
   says the command line for a file. Guidance scales are the published ones unless given
-  --pose-map NAME=PICTURE  what a model reads beside or instead of --pose; of the picture's aspect ratio
+  --pose-map NAME=PICTURE  what a model reads beside or instead of --pose; of the picture's aspect ratio. champ's depth,
+                           normal and semantic_map are drawn from --pose or --body where they are not given
   --pose-map NAME=FOLDER   for several poses: pictures of one pose have the same name in every folder, and the name of
                            the pose's result where --pose is given too (wave.json: wave.png)
 
@@ -129,6 +133,8 @@ examples:
       --pose gallery:walking --out swap.png
 """
 
+LEVELS = 4
+"""Noise levels that an untrained checkpoint reads its source at."""
 STEPS = {"pixels": 12, "vae": 30}
 """Sampling steps when --steps is not given."""
 
@@ -159,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the poses on the proportions of the person in SOURCE; the feet, or the hips, stay where the pose has "
         "them (--retarget alone: feet)",
     )
+    add_body_arguments(inputs, "poses as 3D bodies")
     add_condition_arguments(inputs)
     person = parser.add_argument_group("the person in SOURCE")
     add_person_arguments(person)
@@ -204,6 +211,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="above 1 holds on to the source harder; each scale other than 1 costs another network call (default: the "
         "model's own, 3.5 for AnimateAnyone and champ, 2.5 for Leffa, 2 for CFLD; else 1)",
     )
+    field = parser.add_argument_group("guidance by the pose field (off unless --field-scale is given)")
+    field.add_argument(
+        "--field-scale",
+        type=number(),
+        default=0.0,
+        metavar="S",
+        help="how far each step moves the picture towards a possible pose and the one asked for; 10 is a start, "
+        "0 is off (default: 0)",
+    )
+    field.add_argument(
+        "--field-mu",
+        type=number(),
+        metavar="M",
+        help="how strongly joints are drawn to the pose asked for, beside the field (default: 20)",
+    )
+    field.add_argument(
+        "--field-window",
+        type=number(0, 1),
+        nargs=2,
+        metavar=("START", "END"),
+        help="the part of the sampling in which it guides (default: 0 1)",
+    )
+    field.add_argument(
+        "--field-predictor",
+        metavar="FILE",
+        help="what reads the pose off the picture in the making, from truepose train --row keypoints; needed for "
+        "models on a VAE's latents (default: the bundled one, for the bundled model)",
+    )
     fusion = parser.add_argument_group("what to take from the source")
     fusion.add_argument(
         "--region",
@@ -241,7 +276,8 @@ class Inputs:
     """Everything that was given, read and checked.
 
     photo: the person of SOURCE. source: what the model reads of it: the photo, or its crop. targets: the poses, on the
-    picture that the model makes, which is `made` (width, height); the output is `size`. maps: their pictures. canvas:
+    picture that the model makes, which is `made` (width, height); the output is `size`. posed: their bodies, where maps
+    are rendered. maps: their pictures. canvas:
     what the pipeline takes of --canvas and --mask. donors: the --from options and their persons. cut: edges of the
     photo that the person reaches.
     """
@@ -250,6 +286,7 @@ class Inputs:
     source: PersonPhoto
     crop: Crop | None
     targets: list[Target]
+    posed: list[PosedBody]
     maps: PoseMaps
     canvas: dict[str, Tensor]
     size: tuple[int, int]
@@ -265,8 +302,14 @@ def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> I
     """Read and check all pictures and poses. Raises TruePoseError for the first that does not do."""
     networks = Networks(args)
     wanted = read_donors(args)
-    maps = choose_maps(args.pose_map, model)
+    maps = choose_maps(args.pose_map, model, posed=bool(args.pose or args.body))
     check_keypoints(args, model, maps)
+    check_body_options(args)
+    if args.smpl is not None and not maps.rendered:
+        raise TruePoseError(
+            f"--smpl draws the pose maps of a body, and --model {model.name} is not given any; leave it out"
+        )
+    smpl = load_smpl(args)
     photo = read_person(
         args.source,
         networks,
@@ -283,7 +326,7 @@ def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> I
         crop = find_crop(photo, frame_sizes(args.frame, model))
         source = photo.cropped(crop)
     size = output_size(args, source)
-    targets = read_targets(args, size, source, maps, networks, console)
+    targets = read_targets(args, size, source, maps, networks, console, smpl)
     canvas = read_canvas(args, size[::-1])
     if args.paste_back is not None:
         # Poses lie on the photo, and the crop shows the person as they were and as they will be.
@@ -291,7 +334,12 @@ def prepare(args: argparse.Namespace, model: ModelChoice, console: Console) -> I
         source = photo.cropped(crop)
         targets = [replace(target, body=crop.apply_keypoints(target.body)) for target in targets]
     networks.close()
-    return Inputs(photo, source, crop, targets, maps, canvas, size, donors, cut)
+    posed: list[PosedBody] = []
+    if maps.rendered:
+        made = size if crop is None else crop.size_model[::-1]
+        posed = posed_targets(targets, made, source.body, source.size[1] / source.size[0], smpl)
+        console.note(f"{', '.join(maps.rendered)}: drawn from the poses' bodies; --pose-map takes pictures instead")
+    return Inputs(photo, source, crop, targets, posed, maps, canvas, size, donors, cut)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -310,6 +358,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     check_condition_options(args, model)
     needs_parsing = reads_parsing(args, model)
     check_options(args, needs_parsing)
+    field = choose_field(args, model)
     guidance = choose_guidance(args.guidance_pose, args.guidance_source, model)
     from truepose_core.framing import paste_back
     from truepose_core.regions import parse_region_weights, region_weights
@@ -337,9 +386,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     if args.source_once:
         options["source_once"] = True
+    if field is not None:
+        options["field_guidance"] = field
     with memory_errors(opened.device):
         before = time.perf_counter()
-        features = _encode(opened, given, needs_parsing, console)
+        reading = None if args.source_reading is None else args.source_reading.replace("-", " ")
+        how = {"source_reading": reading, "levels": args.levels or LEVELS}
+        features = _encode(opened, given, needs_parsing, console, how if model.is_folder else {})
         encoded = time.perf_counter()
         pictures = _sample(opened, features, given, steps, args.seed, args.batch, options)
     sampled = time.perf_counter()
@@ -376,6 +429,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "seed": args.seed,
         "guidance": guidance.report,
         "strength": args.strength,
+        "field_guidance": None if field is None else asdict(field),
         "outputs": [
             {
                 "path": str(t.out),
@@ -391,6 +445,32 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     console.report(report)
     return report
+
+
+def choose_field(args: argparse.Namespace, model: ModelChoice) -> FieldGuidance | None:
+    """How the pose field guides, None where it does not. Raises TruePoseError for options that nobody reads, and for a
+    model that it cannot guide."""
+    from truepose_core.guidance.field import FieldGuidance, check_predictor
+
+    given = {"mu": args.field_mu, "predictor": args.field_predictor}
+    if args.field_window is not None:
+        given["start"], given["end"] = args.field_window
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.field_scale == 0:
+        if given:
+            raise TruePoseError("--field-mu, --field-window and --field-predictor need --field-scale above 0")
+        return None
+    if model.is_cfld:
+        raise TruePoseError(
+            "the pose field does not guide CFLD, which has a pipeline of its own; leave --field-scale out"
+        )
+    options = FieldGuidance(scale=args.field_scale, **given)
+    check_predictor(options.predictor, model.config is not None and model.config.codec == "pixels")
+    if not args.pose:
+        raise TruePoseError(
+            "the pose field needs the keypoints of the pose asked for; add --pose, or leave --field-scale out"
+        )
+    return options
 
 
 def output_size(args: argparse.Namespace, source: PersonPhoto) -> tuple[int, int]:
@@ -469,13 +549,15 @@ def _shrink(source: PersonPhoto, size: tuple[int, int], opened: Opened, console:
     return replace(source, image=image, parsing=None if source.parsing is None else source.parsing.resize(*small))
 
 
-def _encode(opened: Opened, given: Inputs, needs_parsing: bool, console: Console) -> SourceFeatures | CFLDSource:
-    """The source's features, with the regions that are taken from donors."""
+def _encode(
+    opened: Opened, given: Inputs, needs_parsing: bool, console: Console, how: dict[str, Any]
+) -> SourceFeatures | CFLDSource:
+    """The source's features, with the regions that are taken from donors. how: it is read, for `encode_source`."""
     from truepose_core.combine import combine_sources
 
     def read(person: PersonPhoto) -> SourceFeatures:
         parsing = person.parsing if needs_parsing else everywhere(person.size)
-        return opened.pipe.encode_source(person.image, parsing, person.body, opened.context, opened.pooled)
+        return opened.pipe.encode_source(person.image, parsing, person.body, opened.context, opened.pooled, **how)
 
     source = _shrink(given.source, given.made, opened, console)
     if opened.is_cfld:
@@ -517,7 +599,8 @@ def _sample(
     with tqdm(total=len(given.targets) * steps, desc="sampling", unit="step") as bar:
         for first in range(0, len(given.targets), batch):
             chunk = given.targets[first : first + batch]
-            maps = given.maps.pipeline_maps([target.maps for target in chunk], (height, width))
+            bodies = given.posed[first : first + batch]
+            maps = given.maps.pipeline_maps([target.maps for target in chunk], (height, width), bodies)
             images = opened.pipe(
                 features,
                 torch.stack([standing() if target.body is None else target.body for target in chunk]),

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from truepose_core.alignment.skeleton_prior import carry as carry_along_skeleton
 from truepose_core.alignment.skeleton_prior import region_colors, region_prior
-from truepose_core.body.carry import Correspondence, carry, correspond
+from truepose_core.body.carry import Carried, Correspondence, carry, correspond
 from truepose_core.body.lift import fit_bodies, lift, lift_net
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyModel, GenericBody
+from truepose_core.evaluation.split import TEST_SEED
 from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
 from truepose_core.mannequin.identity import sample_identities
 from truepose_core.mannequin.world import split_seed
@@ -33,8 +34,8 @@ REFERENCE_HEIGHT = 768
 @dataclass(frozen=True)
 class Difficulty:
     """What makes the geometry harder than the world's own truth. noise: standard deviation of keypoints in pixels of a
-    512x768 picture. missing: share of the keypoints that are left out. angle: standard deviation of given joint
-    rotations, degrees; refit: whether bodies given so are fitted to the keypoints."""
+    512x768 picture. missing: share of each person's keypoints that are left out. angle: standard deviation of given
+    joint rotations, degrees; refit: whether bodies given so are fitted to the keypoints."""
 
     noise: float = 0.0
     missing: float = 0.0
@@ -57,8 +58,8 @@ class BodyRows:
     """The body rows share what they lift and render of a batch; `rows` gives their draw functions."""
 
     difficulty: Difficulty = field(default_factory=Difficulty)
-    _batch: PairBatch | None = None
-    _found: dict[str, Correspondence] = field(default_factory=dict)
+    _batch: PairBatch | None = field(init=False, default=None, repr=False)
+    _carried: dict[str, Carried] = field(init=False, default_factory=dict, repr=False)
 
     def _keypoints(self, side: Rendering, seed: int, identity: Tensor) -> Tensor:
         body = side.keypoints
@@ -70,10 +71,12 @@ class BodyRows:
         for points, person in zip(body, identity.tolist(), strict=True):
             generator = torch.Generator().manual_seed(2 * person + seed)
             shift = d.noise / REFERENCE_HEIGHT * torch.randn(18, 2, generator=generator)
-            left_out = torch.rand(18, generator=generator) < d.missing
             points = points.clone()
             points[:, :2] += shift * torch.tensor([height / width, 1.0]) * (points[:, 2:] > 0)
-            made.append(points * ~left_out[:, None])
+            seen = (points[:, 2] > 0).nonzero().flatten()
+            left_out = seen[torch.randperm(len(seen), generator=generator)[: round(d.missing * len(seen))]]
+            points[left_out] = 0
+            made.append(points)
         return torch.stack(made)
 
     def _given(self, side: Rendering, seed: int, identity: Tensor, keypoints: Tensor) -> BodyPose:
@@ -107,21 +110,18 @@ class BodyRows:
         if kind == "body-given":
             first = self._given(source, 0, pairs.identity, a)
             return first, self._given(target, 1, pairs.identity, b), GenericBody()
-        people = sample_identities(pairs.identity, split_seed("test", 0))
-        first, second = (BodyPose(x.theta, x.beta, x.camera) for x in (source, target))
-        return first, second, GenericBody(people=people)
+        return _true_bodies(pairs)
 
     def draw(self, kind: str, exact: bool, pairs: PairBatch) -> Drawn:
         """The row `kind`; exact: with the true target parsing's colours where nothing was seen."""
         source = pairs.source
         parsing = HumanParsing(source.parsing)
-        key = kind
         if self._batch is not pairs:
-            self._batch, self._found = pairs, {}
-        if key not in self._found:
+            self._batch, self._carried = pairs, {}
+        if kind not in self._carried:
             first, second, model = self.bodies(kind, pairs)
-            self._found[key] = carry(source.image, parsing, first, second, model=model)
-        made = self._found[key]
+            self._carried[kind] = carry(source.image, parsing, first, second, model=model)
+        made = self._carried[kind]
         colors, _ = region_colors(source.image, parsing)
         regions = pairs.target.parsing if exact else made.parsing.masks
         flat = torch.einsum("brc,brhw->bchw", colors, regions)
@@ -151,12 +151,17 @@ def skeleton_correspondence(pairs: PairBatch) -> tuple[Tensor, Tensor]:
     return grid, (certain[:, None] > 0.75) * person
 
 
+def _true_bodies(pairs: PairBatch) -> tuple[BodyPose, BodyPose, BodyModel]:
+    """The people of the test split themselves, as their pictures show them."""
+    people = sample_identities(pairs.identity, split_seed("test", TEST_SEED))
+    source, target = (BodyPose(x.theta, x.beta, x.camera) for x in (pairs.source, pairs.target))
+    return source, target, GenericBody(people=people)
+
+
 def true_correspondence(pairs: PairBatch) -> Correspondence:
     """Where each target pixel really was in the source, by the true person's own surface."""
-    people = sample_identities(pairs.identity, split_seed("test", 0))
-    model = GenericBody(people=people)
+    source, target, model = _true_bodies(pairs)
     size = tuple(pairs.target.image.shape[-2:])
-    source, target = (BodyPose(x.theta, x.beta, x.camera) for x in (pairs.source, pairs.target))
     return correspond(source, target, model.render(source, *size), model.render(target, *size), model)
 
 

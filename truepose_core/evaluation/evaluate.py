@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.evaluation.bodies import Difficulty, geometry_columns, true_correspondence
 from truepose_core.evaluation.metrics import COLUMNS, library, measure
 from truepose_core.evaluation.pattern import mean_score
 from truepose_core.evaluation.rows import make_rows
 from truepose_core.evaluation.sheet import labelled_sheet
-from truepose_core.evaluation.split import groups, split_pairs
+from truepose_core.evaluation.split import groups, pose_distances, split_pairs
 from truepose_core.parsing import HumanParsing
 from truepose_core.skeleton import draw_skeleton
 
@@ -33,6 +34,10 @@ SHOWN = 6
 """Pairs on the contact sheet."""
 BASELINE_SIZE = (64, 48)
 """(height, width) where no model says another."""
+GEOMETRY = ("endpoint", "seen")
+"""Columns of rows that look their pixels up in the source: `bodies.geometry_columns`."""
+QUARTILES = ("nearest quarter", "second quarter", "third quarter", "farthest quarter")
+"""Groups of pairs by the mean angle between the two poses' joints."""
 _BATCH = 32
 
 
@@ -40,10 +45,11 @@ _BATCH = 32
 class Report:
     """The result of `evaluate`.
 
-    rows: {"name", the columns of `metrics.COLUMNS`, "seconds_per_image"}; PSNR in dB, SSIM and pattern without unit,
-        None where no pair counts. pairs, size (height, width), steps, seed: how it was made.
-    counted: column -> how many pairs count in it. breakdown: "view" | "top" | "bottom" -> what is shown -> {"pairs",
-        "rows"}. models: learned row -> its file. versions: of the software, and what it ran on.
+    rows: {"name", the columns of `metrics.COLUMNS` and of `GEOMETRY`, "errors": the standard error of each of them,
+        "seconds_per_image"}; PSNR in dB, SSIM, pattern and seen without unit, endpoint in pixels, None where no pair
+        counts. pairs, size (height, width), steps, seed: how it was made.
+    counted: column -> how many pairs count in it. breakdown: "view" | "top" | "bottom" | "distance" -> what is shown
+        -> {"pairs", "rows"}. models: learned row -> its file. versions: of the software, and what it ran on.
     pictures: column of the contact sheet -> [n, 3, H, W]. captions: n of them.
     """
 
@@ -81,27 +87,33 @@ class Report:
     def markdown(self, details: bool = False) -> str:
         """The table in markdown; the best of each column is bold. details: also per view and per pattern."""
         height, width = self.size
-        head = ["row", *(_title(c) for c in COLUMNS), "s / image"]
-        best = {c: max((row[c] for row in self.rows if row[c] is not None), default=None) for c in COLUMNS}
+        shown = [*COLUMNS, *(c for c in GEOMETRY if any(row[c] is not None for row in self.rows))]
+        head = ["row", *(_title(c) for c in shown), "s / image"]
+        best = {c: _best(c, [row[c] for row in self.rows if row[c] is not None]) for c in shown}
         body = [
-            [row["name"], *(_cell(c, row[c], best[c]) for c in COLUMNS), f"{row['seconds_per_image']:.3f}"]
+            [row["name"], *(_cell(c, row[c], best[c]) for c in shown), f"{row['seconds_per_image']:.3f}"]
             for row in self.rows
         ]
         text = [
             _table(head, body),
             "",
             f"{self.pairs} pairs of the test split at {width}x{height} (width x height), {self.steps} steps, "
-            f"seed {self.seed}, on {self.versions['device']}. PSNR in dB; pattern 0 to 1; more is better. "
-            "The row regions is given the true target parsing, no other row is.",
+            f"seed {self.seed}, on {self.versions['device']}. PSNR in dB; pattern 0 to 1; more is better. endpoint: "
+            "pixels between where a pixel was looked up and where it was, less is better; seen: share of the person "
+            "taken from the source. The rows regions and NAME+parsing are given the true target parsing, body-given "
+            "the true body parameters, surface the true person.",
         ]
         if details:
+            head = ["standard error", *(_title(c) for c in shown)]
+            body = [[row["name"], *(_cell(c, row["errors"][c], None) for c in shown)] for row in self.rows]
+            text += ["", _table(head, body)]
             for kind, parts in self.breakdown.items():
                 head = [kind, "pairs", *(row["name"] for row in self.rows)]
                 body = [
                     [name, str(part["pairs"]), *(_pair_cell(row) for row in part["rows"])]
                     for name, part in parts.items()
                 ]
-                text += ["", f"Clothes PSNR / pattern by {kind}", "", _table(head, body)]
+                text += ["", f"Foreground PSNR / pattern by {kind}", "", _table(head, body)]
         return "\n".join(text) + "\n"
 
     def contact_sheet(self) -> Tensor:
@@ -122,6 +134,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     shown: int = SHOWN,
     quiet: bool = False,
+    difficulty: Difficulty | None = None,
 ) -> Report:
     """Measure rows on the first `pairs` pairs of the test split, which training never sees.
 
@@ -130,7 +143,8 @@ def evaluate(
     `models`; None is all. steps: sampling steps of the learned rows. models: row -> model file, instead of the files
     that ship or beside them.
     size: (height, width) of the pictures; by default that of the largest chosen model (a smaller one's results are
-    enlarged), or 64x48 without a model. shown: pairs on the contact sheet. quiet: no progress bar.
+    enlarged), or 64x48 without a model. difficulty: noise on what the body rows are given. shown: pairs on the contact
+    sheet. quiet: no progress bar.
 
     Raises TruePoseError for unknown data or rows, missing model files, numbers below 1, and without torchmetrics.
     """
@@ -142,33 +156,38 @@ def evaluate(
         if value < 1:
             raise TruePoseError(f"{name} is {value}; expected at least 1")
     library()
-    chosen = make_rows(rows, models, steps=steps, seed=seed, device=device)
+    chosen = make_rows(rows, models, steps=steps, seed=seed, device=device, difficulty=difficulty)
     if size is None:
         size = max((row.size for row in chosen if row.size), default=BASELINE_SIZE)
     values: dict[str, list[dict[str, Tensor]]] = {row.name: [] for row in chosen}
     seconds = dict.fromkeys(values, 0.0)
     shows: dict[str, list[str]] = {}
     pictures: dict[str, list[Tensor]] = {}
+    distances: list[Tensor] = []
     with tqdm(total=pairs * len(chosen), disable=quiet, unit="image", desc="eval") as bar:
         for index in torch.arange(pairs).split(batch_size):
             batch = split_pairs(index, size)
             for kind, names in groups(batch).items():
                 shows.setdefault(kind, []).extend(names)
+            distances.append(pose_distances(batch))
+            truth = true_correspondence(batch)
             results = {}
             for row in chosen:
                 bar.set_postfix_str(row.name)
                 started = time.perf_counter()
-                results[row.name] = row.draw(batch)
+                drawn = row.draw(batch)
                 seconds[row.name] += time.perf_counter() - started
-                values[row.name].append(
-                    measure(results[row.name], batch.target.image, HumanParsing(batch.target.parsing))
-                )
+                results[row.name] = drawn.images
+                measured = measure(drawn.images, batch.target.image, HumanParsing(batch.target.parsing))
+                values[row.name].append(measured | geometry_columns(drawn, truth))
                 bar.update(len(index))
             _keep_pictures(pictures, batch, results, shown - int(index[0]))
     columns = {
-        name: {column: torch.cat([part[column] for part in parts]) for column in COLUMNS}
+        name: {column: torch.cat([part[column] for part in parts]) for column in (*COLUMNS, *GEOMETRY)}
         for name, parts in values.items()
     }
+    captions = [", ".join(names) for names in list(zip(*shows.values(), strict=True))[:shown]]
+    shows["distance"] = _quartiles(torch.cat(distances))
     return Report(
         rows=[{**_row(name, table), "seconds_per_image": seconds[name] / pairs} for name, table in columns.items()],
         pairs=pairs,
@@ -176,12 +195,12 @@ def evaluate(
         steps=steps,
         seed=seed,
         # Which pairs count depends on the truth alone, so any row tells.
-        counted={c: int((~x.isnan()).sum()) for c, x in next(iter(columns.values())).items()},
+        counted={c: int((~x.isnan()).sum()) for c, x in next(iter(columns.values())).items() if c in COLUMNS},
         breakdown={kind: _split(names, columns) for kind, names in shows.items()},
         models={row.name: row.about for row in chosen if row.about},
         versions=_versions(device),
         pictures={name: torch.cat(parts) for name, parts in pictures.items()},
-        captions=[", ".join(names) for names in list(zip(*shows.values(), strict=True))[:shown]],
+        captions=captions,
     )
 
 
@@ -198,7 +217,26 @@ def _keep_pictures(
 
 
 def _row(name: str, table: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"name": name, **{column: _mean(column, x) for column, x in table.items()}}
+    means = {column: _mean(column, x) for column, x in table.items()}
+    return {"name": name, **means, "errors": {column: _standard_error(x) for column, x in table.items()}}
+
+
+def _standard_error(values: Tensor) -> float | None:
+    """Of the mean over the pairs that count; None for fewer than two."""
+    counted = values[~values.isnan()]
+    return (counted.std() / len(counted) ** 0.5).item() if len(counted) > 1 else None
+
+
+def _quartiles(distances: Tensor) -> list[str]:
+    edges = torch.quantile(distances, distances.new_tensor([0.25, 0.5, 0.75]))
+    return [QUARTILES[i] for i in torch.bucketize(distances, edges).tolist()]
+
+
+def _best(column: str, values: list[float]) -> float | None:
+    """Seen is a share, not a merit: none is the best."""
+    if not values or column == "seen":
+        return None
+    return min(values) if column == "endpoint" else max(values)
 
 
 def _mean(column: str, values: Tensor) -> float | None:
@@ -237,18 +275,18 @@ def _title(column: str) -> str:
 
 
 def _number(column: str, value: float) -> str:
-    return f"{value:.2f}" if column.endswith("psnr") else f"{value:.3f}"
+    return f"{value:.2f}" if column.endswith("psnr") or column == "endpoint" else f"{value:.3f}"
 
 
 def _cell(column: str, value: float | None, best: float | None) -> str:
     if value is None:
         return "-"
     text = _number(column, value)
-    return f"**{text}**" if text == _number(column, best) else text
+    return f"**{text}**" if best is not None and text == _number(column, best) else text
 
 
 def _pair_cell(row: Mapping[str, Any]) -> str:
-    parts = (row["clothes_psnr"], row["pattern"])
+    parts = (row["foreground_psnr"], row["pattern"])
     return " / ".join("-" if x is None else _number(c, x) for c, x in zip(("psnr", "pattern"), parts, strict=True))
 
 

@@ -1,24 +1,28 @@
 """The rows of the table: each makes target pictures from sources and target poses.
 
-Three need no network: "copy" is the source picture, "regions" the source's mean colour of each region painted on
-the TRUE target parsing (what a model without patterns can reach at best), "warp" the skeleton prior. The others are
-models: "pose", "concat", "HPFA" and "HPFA+CAA" were trained with equal data, budget and seed; "bundled" is the model
-that ships. The rows of the relative depth guidance's ablation (`ABLATION_ROWS`) were trained apart, also as equals.
+Some need no image network: "copy" is the source picture, "regions" the source's mean colour of each region painted on
+the TRUE target parsing (what a model without patterns can reach at best), "warp" the skeleton prior; "body-lifted",
+"body-given" and "surface" carry the source along a body (`bodies`), hidden places painted in region colours on the
+carried parsing or, with "+parsing" behind the name, on the TRUE target parsing. "alignment-K" is recurrent alignment in
+K steps on lifted bodies, no diffusion. The others are models: "pose", "concat", "HPFA" and "HPFA+CAA" were trained with
+equal data, budget and seed; "bundled" is the model that ships. The rows of the relative depth
+guidance's ablation (`ABLATION_ROWS`) were trained apart, also as equals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from truepose_core.alignment.skeleton_prior import region_colors, warp
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
+from truepose_core.evaluation.bodies import BodyRows, Difficulty, Drawn, skeleton_correspondence
 from truepose_core.parsing import HumanParsing
 
 if TYPE_CHECKING:
@@ -49,38 +53,67 @@ GIVEN = "-given"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. draw: pairs -> pictures [B, 3, H, W] in [0, 1] on the CPU; it sees of the targets what a user
-    gives: keypoints (and, for "regions" alone, the parsing). size: (height, width) the model works at, None without
-    a model. about: what the report tells of the model."""
+    """A row of the table. draw: pairs -> `Drawn` pictures on the CPU; it sees of the targets what a user gives:
+    keypoints (for "regions" and "+parsing" also the parsing, for "body-given" body parameters, for "surface" the true
+    person). size: (height, width) the model works at, None without a model. about: what the report tells of the
+    model."""
 
     name: str
-    draw: Callable[[PairBatch], Tensor]
+    draw: Callable[[PairBatch], Drawn]
     size: tuple[int, int] | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def copy_source(pairs: PairBatch) -> Tensor:
+def copy_source(pairs: PairBatch) -> Drawn:
     """The source picture as it is."""
-    return pairs.source.image
+    return Drawn(pairs.source.image)
 
 
-def paint_regions(pairs: PairBatch) -> Tensor:
+def paint_regions(pairs: PairBatch) -> Drawn:
     """The source's mean colour of each region on the true target parsing; the person's mean for regions it hides."""
     colors, _ = region_colors(pairs.source.image, HumanParsing(pairs.source.parsing))
-    return torch.einsum("brc,brhw->bchw", colors, pairs.target.parsing).clamp(0, 1)
+    return Drawn(torch.einsum("brc,brhw->bchw", colors, pairs.target.parsing).clamp(0, 1))
 
 
-def warp_source(pairs: PairBatch) -> Tensor:
+def warp_source(pairs: PairBatch) -> Drawn:
     """The source carried along the skeleton, `alignment.skeleton_prior.warp`. Background is the source's mean."""
     source = pairs.source
-    return warp(source.image, HumanParsing(source.parsing), source.keypoints, pairs.target.keypoints)[0]
+    images = warp(source.image, HumanParsing(source.parsing), source.keypoints, pairs.target.keypoints)[0]
+    return Drawn(images, *skeleton_correspondence(pairs))
 
 
-BASELINES: dict[str, Callable[[PairBatch], Tensor]] = {
-    "copy": copy_source,
-    "regions": paint_regions,
-    "warp": warp_source,
-}
+def align_source(pairs: PairBatch, steps: int, bodies: BodyRows) -> Drawn:
+    """Recurrent alignment in `steps` steps on lifted bodies."""
+    from truepose_core.alignment.recurrent import align, align_net
+
+    source, target, model = bodies.bodies("body-lifted", pairs)
+    with torch.no_grad():
+        made = align(
+            align_net(),
+            pairs.source.image,
+            HumanParsing(pairs.source.parsing),
+            source,
+            target,
+            pairs.target.keypoints,
+            steps,
+            model=model,
+        )[-1]
+    return Drawn(made.picture.clamp(0, 1), made.looked_up, made.seen)
+
+
+ALIGNMENTS = {"alignment-1": 1, "alignment-2": 2, "alignment-4": 4}
+"""Row -> steps of recurrent alignment."""
+
+
+def baselines(difficulty: Difficulty | None = None) -> dict[str, Callable[[PairBatch], Drawn]]:
+    """The rows without a diffusion model, by name. difficulty: what the body rows are given instead of the truth."""
+    bodies = BodyRows(difficulty or Difficulty())
+    plain = {"copy": copy_source, "regions": paint_regions, "warp": warp_source}
+    aligned = {name: partial(align_source, steps=steps, bodies=bodies) for name, steps in ALIGNMENTS.items()}
+    return {**plain, **bodies.rows(), **aligned}
+
+
+BASELINES = tuple(baselines())
 ROWS = (*BASELINES, *BUNDLED_ROWS)
 """All rows, in the table's order."""
 
@@ -106,9 +139,9 @@ def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.
     pipe = TruePosePipeline.from_model(model).to(device)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(pairs: PairBatch) -> Tensor:
+    def draw(pairs: PairBatch) -> Drawn:
         source, target = pairs.source, pairs.target
-        return pipe(
+        images = pipe(
             source.image,
             target.keypoints,
             HumanParsing(source.parsing),
@@ -117,6 +150,7 @@ def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.
             seed=[seed + i for i in pairs.identity.tolist()],
             target_pose=BodyPose(target.theta, target.beta, target.camera) if given else None,
         ).images
+        return Drawn(images)
 
     height, width = model.config.size
     about = {
@@ -135,6 +169,7 @@ def make_rows(
     steps: int,
     seed: int,
     device: torch.device | str = "cpu",
+    difficulty: Difficulty | None = None,
 ) -> list[Row]:
     """The rows of these names (None: all of `ROWS`, then the further ones of `models`), with their models loaded.
 
@@ -156,9 +191,10 @@ def make_rows(
         what = f"unknown row {unknown[0]!r}" if unknown else f"rows are {', '.join(names) or 'none'}"
         raise TruePoseError(f"{what}; expected some of {', '.join(known)}, each once")
     rows = []
+    plain = baselines(difficulty)
     for name in names:
-        if name in BASELINES:
-            rows.append(Row(name, BASELINES[name]))
+        if name in plain:
+            rows.append(Row(name, plain[name]))
             continue
         path = models.get(name)
         if path is None:

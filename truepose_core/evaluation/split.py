@@ -32,6 +32,15 @@ def views(theta: Tensor) -> list[str]:
     return ["front" if t < FRONT else "side" if t < BACK else "back" for t in turn.tolist()]
 
 
+def pose_distances(pairs: PairBatch) -> Tensor:
+    """Mean angle between the joints of source and target [N], radians."""
+    from truepose_core.alignment.recurrent import pose_distance
+    from truepose_core.body.pose import BodyPose
+
+    source, target = (BodyPose(x.theta, x.beta, x.camera) for x in (pairs.source, pairs.target))
+    return pose_distance(source, target)
+
+
 def groups(pairs: PairBatch) -> dict[str, list[str]]:
     """What each pair shows: {"view": ["front to back", ...], "top": [pattern, ...], "bottom": [pattern, ...]}."""
     from truepose_core.mannequin import BOTTOM_PATTERNS, TOP_PATTERNS, sample_identities

@@ -22,6 +22,7 @@ __all__ = [
     "JOINTS",
     "PARENTS",
     "POSE_KINDS",
+    "SWAPPED",
     "VIEWS",
     "BodyPoses",
     "axis_angle_to_matrix",
@@ -64,7 +65,8 @@ JOINTS = (
 )
 PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 VIEWS = ("front", "side", "back")
-_SWAP = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
+SWAPPED = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
+"""The joint on the other side of the body."""
 
 # Pose parameters in degrees. Arms and legs are given for the left side; the right side is mirrored.
 # down: upper arm below the horizontal. forward: swing to the front. twist: about the upper arm (90
@@ -389,7 +391,7 @@ def project(points: Tensor, camera: Tensor, aspect: float) -> tuple[Tensor, Tens
 def mirror_poses(poses: BodyPoses) -> BodyPoses:
     """The poses seen in a mirror (the plane x = 0): left and right change places."""
     flip = poses.theta.new_tensor([1.0, -1.0, -1.0])
-    theta = poses.theta[:, list(_SWAP)] * flip
+    theta = poses.theta[:, list(SWAPPED)] * flip
     return BodyPoses(theta, poses.camera * poses.camera.new_tensor([1.0, -1.0, 1.0]))
 
 

@@ -37,7 +37,8 @@ class CAAConfig:
 class Behaviour:
     """How the nets want to be run, where systems of this kind differ. The defaults are this package's own models.
 
-    source_timestep: SourceNet reads the clean source once, at timestep "zero", or anew at every "step"'s timestep.
+    source_timestep: SourceNet reads the clean source once, at timestep "zero", or anew at every "step"'s timestep;
+    "noised": it was not trained to read, and sees the source with as much noise as the sampler has.
     context: what cross-attention reads, "text" or "image": one CLIP embedding of the source picture; cross_attention
     "pass": it reads nothing and hands its input on, so that a block adds norm2(h) there (Leffa); else "context".
     unconditional: what a row without the source reads. "drop": no source tokens, and zeros for an image context;
@@ -85,7 +86,7 @@ class Behaviour:
 
 
 _BEHAVIOURS = {
-    "source_timestep": ("zero", "step"),
+    "source_timestep": ("zero", "step", "noised"),
     "context": ("text", "image"),
     "unconditional": ("drop", "zero latent"),
     "cross_attention": ("context", "pass"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 from truepose_core.models.codec import VAECodec
-from truepose_core.models.config import TruePoseConfig
+from truepose_core.models.config import Behaviour, TruePoseConfig
 from truepose_core.models.model import TruePoseModel
 
 TRAINING_FREE_BETA = 2.0
@@ -104,6 +104,7 @@ def _config(unet: Any, codec: VAECodec, scheduler: Any) -> TruePoseConfig:
         size=(side * codec.patch, side * codec.patch),
         beta=TRAINING_FREE_BETA,
         match="surface",
+        behaviour=Behaviour(source_timestep="noised"),
     )
 
 
@@ -118,7 +119,9 @@ def trainable_from_folder(path: str | Path, fusion: str, size: tuple[int, int]) 
     path = Path(path)
     target_net = _load(UNet2DConditionModel, path / "unet", torch.float32)
     codec = load_vae(path)
-    config = replace(_config(target_net, codec, _scheduler(path)), fusion=fusion, size=size, beta=0.0)
+    config = _config(target_net, codec, _scheduler(path))
+    # What is trained is trained to read clean.
+    config = replace(config, fusion=fusion, size=size, beta=0.0, behaviour=Behaviour())
     source_net = None if fusion == "none" else copy.deepcopy(target_net)
     return TruePoseModel(config, source_net=source_net, target_net=target_net, codec=codec)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -16,7 +16,7 @@ from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
 from truepose_core.body.places import places_of
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.features import SourceFeatures
+from truepose_core.features import NOISE_SEED, Level, SourceFeatures
 from truepose_core.models.codec import PixelCodec, VAECodec
 from truepose_core.models.config import SKELETON, Behaviour, CAAConfig, TruePoseConfig
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
@@ -149,6 +149,13 @@ class AlignedEncoder(nn.Module):
         return self.conv_out(nn.functional.silu(self.conv_in(x))), self.skip(x)
 
 
+def noised(latent: Tensor, sigma: float) -> Tensor:
+    """The latent [B, C, h, w] with fixed noise, as a UNet takes it at this noise level: of a variance of about 1."""
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(latent)
+    kept = 1 / (1 + sigma**2)
+    return kept**0.5 * latent + (1 - kept) ** 0.5 * noise
+
+
 class TruePoseModel(nn.Module):
     """The whole network. See `TruePoseConfig` for sizes; weights are random until loaded or trained.
 
@@ -254,12 +261,17 @@ class TruePoseModel(nn.Module):
         body: Tensor | None = None,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
+        *,
+        noised_at: Sequence[tuple[int, float]] = (),
+        keep_latent: bool = False,
     ) -> SourceFeatures:
         """What SourceNet knows of the clean source, after one pass at timestep 0. image [B, 3, H, W] in [0, 1], parsing
         of the same size, body [B, 18, 3] normalised keypoints or None. context, pooled: what the model reads beside the
         picture, [B or 1, T, c] text, or [B, 1, c] where that is an embedding of the picture.
 
-        A model that reads the source at the sampler's timestep gets it later: see `source_at`.
+        A model that reads the source at the sampler's timestep gets it later: see `source_at`. noised_at: (timestep,
+        sigma) of the noise levels at which the noised source is read instead, from the highest. keep_latent: keep it
+        for `source_noised`, and read nothing here.
         """
         behaviour = self.config.behaviour
         latent = self.codec.encode(image).to(self.dtype)
@@ -273,12 +285,18 @@ class TruePoseModel(nn.Module):
             caa,
             image if self.config.aligned else None,
             self._context(context, latent) if behaviour.context == "image" else None,
-            latent if behaviour.keeps_latent else None,
+            latent if behaviour.keeps_latent or keep_latent else None,
             places_of(self.config.match, body, image.shape[-1] / image.shape[-2]),
         )
-        if self.config.fusion == "none" or behaviour.source_timestep == "step":
+        if self.config.fusion == "none" or behaviour.source_timestep == "step" or keep_latent:
             return features
         size = (image.shape[-2], image.shape[-1])
+        if noised_at:
+            levels = tuple(
+                Level(sigma, self._read(noised(latent, sigma), t, features.latent_size, caa, context, pooled, size))
+                for t, sigma in noised_at
+            )
+            return replace(features, sites=dict(levels[len(levels) // 2].sites), levels=levels)
         return features.with_sites(self._read(latent, 0, features.latent_size, caa, context, pooled, size))
 
     def _read(
@@ -313,6 +331,22 @@ class TruePoseModel(nn.Module):
         when = timestep if self.config.behaviour.source_timestep == "step" else 0
         sites = self._read(latent.to(self.dtype), when, source.latent_size, source.caa, source.context, None, size)
         return source.with_sites(sites)
+
+    def source_noised(
+        self,
+        source: SourceFeatures,
+        timestep: int | Tensor,
+        sigma: float,
+        context: Tensor | None,
+        pooled: Tensor | None,
+    ) -> SourceFeatures:
+        """The source noised to sigma and read at a timestep, by a net that was not trained to read it clean. context,
+        pooled: as in `encode_source`."""
+        if source.latent is None:
+            raise TruePoseError("these SourceFeatures hold no latent to read anew; encode the source for every step")
+        size = tuple(side * self.codec.patch for side in source.latent_size)
+        latent = noised(source.latent.to(self.dtype), sigma)
+        return source.with_sites(self._read(latent, timestep, source.latent_size, source.caa, context, pooled, size))
 
     def target_pass(
         self,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truepose_core.errors import TruePoseError
 from truepose_core.models.cfld_encoder import is_cfld
@@ -20,6 +20,7 @@ from truepose_core.models.model import TruePoseModel
 ARCHITECTURE = "truepose"
 BUNDLED = "bundled"
 """The name of the model that ships with the package."""
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def bundled_path(name: str = "mannequin") -> Path:
@@ -123,6 +124,22 @@ def read_small(path: str | Path, kind: str) -> tuple[dict[str, str], dict[str, T
             f"truepose train --row {kind}"
         )
     return metadata, tensors
+
+
+def load_small(path: str | Path, kind: str, make: Callable[..., Network]) -> Network:
+    """The network of a file of `save_small`, in float32, for inference. make: takes its configuration as keywords.
+
+    Its weights are ordinary tensors even where a node of ComfyUI, which runs in inference mode, asks for them first: a
+    gradient may be taken through the network. Raises TruePoseError as `read_small`, and where the weights do not fit.
+    """
+    metadata, tensors = read_small(path, kind)
+    with torch.inference_mode(False):
+        try:
+            network = make(**json.loads(metadata["config"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TruePoseError(f"{path}: the metadata does not say the sizes of this network ({error})") from error
+        load_strict(network, {name: x.float() for name, x in tensors.items()}, str(path))
+        return network.eval().requires_grad_(False)
 
 
 def open_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

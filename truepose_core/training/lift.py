@@ -31,7 +31,7 @@ _FACE = [0, 14, 15, 16, 17]
 class LiftConfig(SmallConfig):
     """width, depth: of the hidden layers. hypotheses: bodies that the network offers."""
 
-    steps: int = 12000
+    steps: int = 11000
     batch: int = 768
     learning_rate: float = 2e-3
     warmup: int = 200

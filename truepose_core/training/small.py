@@ -157,7 +157,8 @@ class SmallTrainer(ABC):
         """Write the averaged weights in float16, with the story of the run in the metadata."""
         from truepose_core.models.store import save_small
 
-        story = {**asdict(self.config), "steps_done": self.step, "seconds": round(self.seconds)}
+        settings = {k: Path(v).name if isinstance(v, str) else v for k, v in asdict(self.config).items()}
+        story = {**settings, "steps_done": self.step, "seconds": round(self.seconds)}
         return save_small(self.tensors(), path, self.kind, self.describe(), story)
 
     def save(self) -> None:
@@ -181,6 +182,8 @@ class SmallTrainer(ABC):
         from truepose_core.models.store import load_strict, open_tensors
 
         metadata, tensors = open_tensors(self._checkpoint)
+        if "story" not in metadata:
+            raise TruePoseError(f"{self._checkpoint} is no checkpoint of {self.kind}; use another --out folder")
         story = json.loads(metadata["story"])
         mine = json.loads(json.dumps(asdict(self.config)))
         free = {"save_every", "device"}

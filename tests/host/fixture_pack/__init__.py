@@ -1,7 +1,15 @@
 """Nodes that give tests a model without a file. Installed into the test server only."""
 
 if __package__:
-    from .tiny import make_clip_vision, make_conditioning, make_control_net, make_model, make_vae
+    from .tiny import (
+        FrameVAE,
+        make_clip_vision,
+        make_conditioning,
+        make_control_net,
+        make_editor,
+        make_model,
+        make_vae,
+    )
 
     class TestModel:
         CATEGORY, FUNCTION = "test", "make"
@@ -14,6 +22,29 @@ if __package__:
 
         def make(self, seed: int, family: str) -> tuple:
             return make_model(seed, family), make_vae(seed)
+
+    class TestEditor:
+        CATEGORY, FUNCTION = "test", "make"
+        RETURN_TYPES = ("MODEL",)
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict:
+            return {"required": {"seed": ("INT", {"default": 0}), "family": (["kontext", "qwen"], {})}}
+
+        def make(self, seed: int, family: str) -> tuple:
+            return (make_editor(family, seed),)
+
+    class TestEditorVAE:
+        CATEGORY, FUNCTION = "test", "make"
+        RETURN_TYPES = ("VAE",)
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict:
+            return {"required": {"seed": ("INT", {"default": 0}), "family": (["kontext", "qwen"], {})}}
+
+        def make(self, seed: int, family: str) -> tuple:
+            vae = make_vae(seed, 16)
+            return (FrameVAE(vae) if family == "qwen" else vae,)
 
     class TestControlNet:
         CATEGORY, FUNCTION = "test", "make"
@@ -76,6 +107,8 @@ if __package__:
 
     NODE_CLASS_MAPPINGS = {
         "TestModel": TestModel,
+        "TestEditor": TestEditor,
+        "TestEditorVAE": TestEditorVAE,
         "TestControlNet": TestControlNet,
         "TestCLIPVision": TestCLIPVision,
         "TestConditioning": TestConditioning,

@@ -83,14 +83,148 @@ def make_model(seed: int = 0, family: str = "SD15", **changes: object):
     )
 
 
-def make_vae(seed: int = 0):
+TEXT = CONTEXT
+"""Width of the text that the tiny editors read."""
+_FLUX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 24,
+    "context_in_dim": TEXT,
+    "hidden_size": 64,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [8, 12, 12],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+}
+_FLUX2 = {
+    **_FLUX,
+    "in_channels": 128,
+    "out_channels": 128,
+    "vec_in_dim": None,
+    "mlp_ratio": 3.0,
+    "axes_dim": [8, 8, 8, 8],
+    "theta": 2000,
+    "patch_size": 1,
+    "qkv_bias": False,
+    "txt_ids_dims": [3],
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "ops_bias": False,
+    "default_ref_method": "index",
+    "ref_index_scale": 10.0,
+}
+_QWEN = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT,
+    "axes_dims_rope": [8, 12, 12],
+}
+EDITORS: dict[str, tuple[str, dict]] = {
+    "kontext": ("Flux", _FLUX),
+    "flux2": ("Flux2", _FLUX2),
+    "klein": ("Flux2", {**_FLUX2, "guidance_embed": False}),
+    "longcat": ("LongCatImage", {**_FLUX, "vec_in_dim": None, "guidance_embed": False, "txt_ids_dims": [1, 2]}),
+    "qwen": ("QwenImage", _QWEN),
+    "qwen2511": ("QwenImage", {**_QWEN, "default_ref_method": "index_timestep_zero"}),
+    "omnigen2": (
+        "Omnigen2",
+        {
+            "hidden_size": 48,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "multiple_of": 16,
+            "axes_dim_rope": [4, 4, 4],
+            "text_feat_dim": TEXT,
+            "timestep_scale": 1000.0,
+        },
+    ),
+    "zimage": (
+        "Lumina2",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 256,
+            "n_layers": 3,
+            "n_refiner_layers": 2,
+            "n_heads": 8,
+            "n_kv_heads": 8,
+            "multiple_of": 16,
+            "ffn_dim_multiplier": 0.1,
+            "qk_norm": True,
+            "cap_feat_dim": TEXT,
+            "axes_dims": [8, 12, 12],
+            "rope_theta": 256.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 8,
+            "siglip_feat_dim": 20,
+        },
+    ),
+}
+"""Editors that hold their references as tokens: the host's configuration class, and the tiny network."""
+
+
+def has_editor(name: str) -> bool:
+    """Whether this version of the host knows the family."""
+    import inspect
+
+    import comfy.ldm.flux.model
+    import comfy.ldm.lumina.model
+    import comfy.ldm.qwen_image.model
+    import comfy.supported_models
+
+    if name == "qwen2511":
+        known = inspect.signature(comfy.ldm.qwen_image.model.QwenImageTransformer2DModel).parameters
+        return "default_ref_method" in known
+    if name == "zimage":
+        return "siglip_feat_dim" in inspect.signature(comfy.ldm.lumina.model.NextDiT).parameters
+    return hasattr(comfy.supported_models, EDITORS[name][0])
+
+
+def make_editor(name: str = "kontext", seed: int = 0, **changes: object):
+    """A ModelPatcher of one of `EDITORS`."""
+    import dataclasses
+
+    import comfy.ldm.flux.model
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    kind, network = EDITORS[name]
+    network = {**network, **changes, "dtype": torch.float32}
+    if kind in ("Flux", "Flux2", "LongCatImage"):
+        known = {f.name for f in dataclasses.fields(comfy.ldm.flux.model.FluxParams)} | {"dtype"}
+        network = {k: v for k, v in network.items() if k in known}
+    config = getattr(comfy.supported_models, kind)(network)
+    config.unet_config = dict(network)
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    _fill(model.diffusion_model, seed)
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def make_vae(seed: int = 0, channels: int = 4):
     """A VAE with eightfold reduction."""
     import comfy.sd
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     sizes = {
         "double_z": True,
-        "z_channels": 4,
+        "z_channels": channels,
         "resolution": 64,
         "in_channels": 3,
         "out_ch": 3,
@@ -100,10 +234,26 @@ def make_vae(seed: int = 0):
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    config = {"params": {"ddconfig": sizes, "embed_dim": 4}}
+    config = {"params": {"ddconfig": sizes, "embed_dim": channels}}
     first = AutoencoderKL(**config["params"])
     _fill(first, seed)
     return comfy.sd.VAE(sd=first.state_dict(), config=config)
+
+
+class FrameVAE:
+    """A VAE whose latents have an axis of frames [B, C, 1, h, w], as Qwen's have."""
+
+    def __init__(self, vae: object) -> None:
+        self.vae = vae
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.vae, name)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.vae.encode(pixels)[:, :, None]
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(samples[:, :, 0])
 
 
 def make_control_net(seed: int = 0, family: str = "SD15"):

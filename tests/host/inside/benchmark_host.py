@@ -22,8 +22,24 @@ def test_counted_costs_keep_their_order(result):
 def test_the_source_is_read_with_one_row_of_the_two(result):
     counted = {row["what"]: row["counted"] for row in result["steps"]}
     assert counted["reading the source, once"] == pytest.approx(0.5, abs=1e-6)
-    both = counted["all tokens"] + counted["reading the source, once"]
-    assert counted["all tokens, source read at every step"] == pytest.approx(both)
+    for tokens in ("all tokens", "person"):
+        both = counted[tokens] + counted["reading the source, once"]
+        # Its keys and values are projected at every step either way.
+        assert counted[f"{tokens}, source read at every step"] == pytest.approx(both)
+
+
+def test_readings_are_shared_by_steps_and_poses(result):
+    rows = {(row["tokens"], row["reading"]): row for row in result["runs"]}
+    for tokens in ("all tokens", "person"):
+        order = ("once", "2 noise levels", "4 noise levels", "8 noise levels", "every step")
+        costs = [rows[tokens, reading]["counted_1"] for reading in order]
+        assert costs == sorted(costs) and costs[0] < costs[-1]
+        four = rows[tokens, "4 noise levels"]
+        step = next(row["counted"] for row in result["steps"] if row["what"] == tokens)
+        assert four["counted_1"] == pytest.approx(step + 4 * 0.5 / 25)
+        assert four["counted_4"] == pytest.approx(step + 4 * 0.5 / 100)
+        every = rows[tokens, "every step"]
+        assert every["counted_4"] == pytest.approx(step + 0.5, abs=0.02)
 
 
 def test_every_step_was_timed_and_the_person_is_near_the_share(result):
