@@ -41,6 +41,7 @@ NODES = {
     "TruePoseFramePerson",
     "TruePosePasteBack",
     "TruePoseCombineSources",
+    "TruePoseApply3DGuidance",
     "TruePoseFreezeRegions",
     "TruePoseHandsAndFace",
     "TruePoseLoadCFLD",

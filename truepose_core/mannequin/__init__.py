@@ -23,7 +23,7 @@ from .identity import (
 )
 from .render import Rendering, render
 from .twins import mirror_arm, mirror_body
-from .world import SPLITS, PairBatch, render_people, sample_pairs
+from .world import SPLITS, PairBatch, render_people, render_twins, sample_pairs
 
 __all__ = [
     "BOTTOM_PATTERNS",
@@ -47,6 +47,7 @@ __all__ = [
     "ready_poses",
     "render",
     "render_people",
+    "render_twins",
     "rest_joints",
     "sample_identities",
     "sample_pairs",

@@ -22,14 +22,14 @@ from torch import Tensor
 from .body import BodyPoses, axis_angle_to_matrix, chain_rotations, matrix_to_axis_angle, rest_joints
 from .identity import as_indices, uniform
 
-__all__ = ["ARMS", "FACE_POINTS", "TWINS", "ambiguous_poses", "hide_faces", "mirror_arm", "mirror_body"]
+__all__ = ["ARMS", "FACE_POINTS", "TWINS", "hide_faces", "mirror_arm", "mirror_body", "twin_poses"]
 
 ARMS = {"left": (13, 16, (18, 20, 22)), "right": (14, 17, (19, 21, 23))}
 """Side -> its collar, its shoulder and the joints below it."""
 FACE_POINTS = (0, 14, 15, 16, 17)
 """OpenPose's nose, eyes and ears."""
-TWINS = ("none", "body", "left arm", "right arm", "both arms")
-"""What `ambiguous_poses` mirrors, one as often as another."""
+TWINS = ("body", "left arm", "right arm", "both arms")
+"""What `twin_poses` mirrors."""
 _STREAM = 11
 
 
@@ -59,20 +59,29 @@ def hide_faces(keypoints: Tensor, faceless: Tensor) -> Tensor:
     return keypoints * ~(faceless.to(keypoints.device)[:, None] & hidden)[..., None]
 
 
-def ambiguous_poses(
+def twin_poses(
     poses: BodyPoses, indices: Sequence[int] | Tensor, seed: int, share: float
-) -> tuple[BodyPoses, Tensor]:
-    """Poses of which `share` get a kind of `TWINS`, and whose face points have to go [N] bool: those of "none" and
-    "body", so that the face does not tell which of the two it is. A pure function of (seed, index)."""
-    u = uniform(as_indices(indices), seed, _STREAM, 2)
+) -> tuple[BodyPoses, Tensor, Tensor]:
+    """N poses in pairs, rows 2 i and 2 i + 1, of which `share` become twins: the second is then the first, mirrored in
+    a way of `TWINS`, each as often as another. indices: the poses' own, N of them.
+
+    Returns the poses; which pairs are twins [N / 2] bool; and whose face points have to go [N] bool, where the whole
+    body is mirrored. Twins need one absolute camera: that of the first. A pure function of (seed, indices).
+    """
+    u = uniform(as_indices(indices)[::2], seed, _STREAM, 2)
     chosen = u[:, 0] < share
     kind = (u[:, 1] * len(TWINS)).long().clamp(max=len(TWINS) - 1)
-    theta = poses.theta
-    for number, mirrored in (
-        (1, mirror_body(theta)),
-        (2, mirror_arm(theta, "left")),
-        (3, mirror_arm(theta, "right")),
-        (4, mirror_arm(mirror_arm(theta, "left"), "right")),
-    ):
-        theta = torch.where((chosen & (kind == number))[:, None, None], mirrored, theta)
-    return BodyPoses(theta, poses.camera), chosen & (kind < 2)
+    first, second = poses.theta[::2], poses.theta[1::2]
+    mirrored = torch.stack(
+        [
+            mirror_body(first),
+            mirror_arm(first, "left"),
+            mirror_arm(first, "right"),
+            mirror_arm(mirror_arm(first, "left"), "right"),
+        ]
+    )[kind, torch.arange(len(first))]
+    twin = chosen[:, None]
+    theta = torch.stack([first, torch.where(twin[..., None], mirrored, second)], 1).flatten(0, 1)
+    framing = torch.stack([poses.camera[::2], torch.where(twin, poses.camera[::2], poses.camera[1::2])], 1)
+    faceless = (chosen & (kind == 0)).repeat_interleave(2)
+    return BodyPoses(theta, framing.flatten(0, 1)), chosen, faceless

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 
-from .body import sample_poses
+from .body import BodyPoses, sample_poses
 from .identity import as_indices, sample_identities
-from .render import Rendering, render
-from .twins import ambiguous_poses, hide_faces
+from .render import Rendering, make_scene, render
+from .twins import hide_faces, twin_poses
 
-__all__ = ["SPLITS", "PairBatch", "render_people", "sample_pairs"]
+__all__ = ["SPLITS", "PairBatch", "render_people", "render_twins", "sample_pairs"]
 
 SPLITS = ("train", "test")
 # Pose number k of person i has index i * _STRIDE + k; this is the most poses a person can have.
@@ -55,12 +55,10 @@ def render_people(
     device: torch.device | str | None = None,
     chunk: int | None = None,
     view: str | None = None,
-    ambiguous: float = 0.0,
 ) -> Rendering:
     """People [N] in K poses each, as one Rendering of N * K; row i * K + k is person i, pose k.
 
-    Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1. ambiguous: share of
-    the poses, 0 to 1, whose keypoints do not tell their depth (see `twins`).
+    Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1.
 
     Raises:
         TruePoseError: for an unknown split or fewer than 1 pose per person.
@@ -73,11 +71,43 @@ def render_people(
     people = sample_identities(index, world)
     people = people.select(torch.arange(len(index)).repeat_interleave(poses_per_person))
     poses = sample_poses(which, world, view)
-    if ambiguous == 0:
-        return render(people, poses, height, width, supersample, device, chunk)
-    poses, faceless = ambiguous_poses(poses, which, world, ambiguous)
-    made = render(people, poses, height, width, supersample, device, chunk)
-    return replace(made, keypoints=hide_faces(made.keypoints, faceless))
+    return render(people, poses, height, width, supersample, device, chunk)
+
+
+def render_twins(
+    identity_indices: Sequence[int] | Tensor,
+    pairs_per_person: int,
+    share: float,
+    split: str = "train",
+    seed: int = 0,
+    height: int = 64,
+    width: int = 48,
+    device: torch.device | str | None = None,
+) -> tuple[Rendering, Tensor]:
+    """People [N] in 1 + 2 K poses each, as one Rendering: row i (1 + 2 K) is person i in a pose of its own, and K pairs
+    follow. Also which pairs are twins [N, K] bool, with the same keypoints and another depth (`twins`): `share` of
+    them. Poses are those of `render_people`, but for the twins'.
+
+    Raises TruePoseError for an unknown split or fewer than 1 pair per person.
+    """
+    if not 1 <= 2 * pairs_per_person < _STRIDE:
+        raise TruePoseError(f"pairs_per_person is {pairs_per_person}; expected at least 1.")
+    index = as_indices(identity_indices)
+    world, count = split_seed(split, seed), 1 + 2 * pairs_per_person
+    which = index[:, None] * _STRIDE + torch.arange(count)
+    people = sample_identities(index, world).select(torch.arange(len(index)).repeat_interleave(count))
+    poses = sample_poses(which.flatten(), world)
+    paired = torch.arange(len(people)).view(-1, count)[:, 1:].flatten()
+    changed, twin, hidden = twin_poses(poses.select(paired), which[:, 1:].flatten(), world, share)
+    theta, framing = poses.theta.clone(), poses.camera.clone()
+    theta[paired], framing[paired] = changed.theta, changed.camera
+    camera = make_scene(people, BodyPoses(theta, framing), width / height).camera
+    # The frame is fitted to the first of two twins and kept for the second.
+    camera[paired[1::2][twin]] = camera[paired[::2][twin]]
+    faceless = torch.zeros(len(people), dtype=torch.bool)
+    faceless[paired] = hidden
+    made = render(people, BodyPoses(theta, framing), height, width, device=device, camera=camera)
+    return replace(made, keypoints=hide_faces(made.keypoints, faceless)), twin.view(-1, pairs_per_person)
 
 
 def sample_pairs(

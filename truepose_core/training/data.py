@@ -17,7 +17,8 @@ class TrainingBatch:
     """S sources and B = S r targets; r targets in a row show the same person as their source.
 
     images [., 3, H, W] in [0, 1]; parsings; keypoints [., 18, 3] normalised. source_pose, target_pose: their bodies, or
-    None where they are not known.
+    None where they are not known. twin: [B / 2] bool, whether targets 2 i and 2 i + 1 have the same keypoints and
+    another depth (`mannequin.twins`), or None for no twins.
     """
 
     source_image: Tensor
@@ -28,6 +29,7 @@ class TrainingBatch:
     target_body: Tensor
     source_pose: BodyPose | None = None
     target_pose: BodyPose | None = None
+    twin: Tensor | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
         return TrainingBatch(*(None if x is None else x.to(device) for x in vars(self).values()))
@@ -52,13 +54,19 @@ class MannequinPool:
         fresh: int = 1,
         step: int = 0,
         device: torch.device | str = "cpu",
-        ambiguous: float = 0.0,
+        twins: float = 0.0,
     ):
-        """ambiguous: share of the poses whose keypoints do not tell their depth (`mannequin.twins`)."""
+        """twins: share of the pairs of targets that have the same keypoints and another depth (`mannequin.twins`).
+        Where there are any, a person's first pose is the source of every batch and the others come in pairs: `poses`
+        is odd.
+        """
+        if twins > 0 and poses % 2 == 0:
+            raise TruePoseError(f"twins come in pairs beside the source; got {poses} poses, expected an odd number")
         if poses < 2:
             raise TruePoseError(f"a pair needs 2 poses of a person; got {poses}")
         self.people, self.poses, self.size, self.seed = people, poses, size, seed
-        self.fresh, self.ambiguous = min(fresh, people), ambiguous
+        self.fresh, self.twins = min(fresh, people), twins
+        self.twin = torch.zeros((people, poses // 2), dtype=torch.bool)
         self.device = torch.device(device)
         self.step = step
         replaced = self.fresh * step
@@ -76,18 +84,15 @@ class MannequinPool:
             self._fill(chunk)
 
     def _fill(self, slots: Tensor) -> None:
-        from truepose_core.mannequin import render_people
+        from truepose_core.mannequin import render_people, render_twins
 
-        made = render_people(
-            self.person[slots],
-            self.poses,
-            "train",
-            seed=self.seed,
-            height=self.size[0],
-            width=self.size[1],
-            device=self.device,
-            ambiguous=self.ambiguous,
-        )
+        height, width = self.size
+        how = {"seed": self.seed, "height": height, "width": width, "device": self.device}
+        if self.twins > 0:
+            made, twin = render_twins(self.person[slots], self.poses // 2, self.twins, "train", **how)
+            self.twin[slots] = twin
+        else:
+            made = render_people(self.person[slots], self.poses, "train", **how)
         shape = (len(slots), self.poses)
         self.image[slots] = _as_bytes(made.image).unflatten(0, shape)
         self.parsing[slots] = _as_bytes(made.parsing).unflatten(0, shape)
@@ -106,6 +111,17 @@ class MannequinPool:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 4099 + rank)
         slot = torch.randint(self.people, (sources,), generator=generator)
         order = torch.rand((sources, self.poses), generator=generator).argsort(1)[:, : targets + 1]
+        twin = None
+        if self.twins > 0:
+            if targets % 2:
+                raise TruePoseError(
+                    f"{targets} targets of each source; expected an even number, as twins come in pairs"
+                )
+            pair = torch.rand((sources, self.poses // 2), generator=generator).argsort(1)[:, : targets // 2]
+            order = torch.cat(
+                [torch.zeros_like(pair[:, :1]), torch.stack([2 * pair + 1, 2 * pair + 2], 2).flatten(1)], 1
+            )
+            twin = self.twin[slot[:, None], pair].flatten()
         source, target = order[:, 0], order[:, 1:]
         rows = slot[:, None].expand(-1, target.shape[1]).reshape(-1)
         target = target.reshape(-1)
@@ -126,6 +142,7 @@ class MannequinPool:
             self.body[rows, target],
             bodies(slot, source),
             bodies(rows, target),
+            twin,
         )
 
     def advance(self) -> None:

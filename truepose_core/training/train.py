@@ -5,7 +5,9 @@ Loss (defaults in TrainingConfig):
   epsilon and v prediction, by min-SNR-5 (Hang et al., arXiv 2303.09556, section 3.4; x0 prediction with a plain
   square error is SNR-weighted already);
 * alignment: cross-entropy of CAA's alignment map with the target's parsing (ours), where the model has CAA;
-* L_HPL of the 3D guidance's heads (`alignment.control3d`), where the model has them.
+* L_HPL of the 3D guidance's heads (`alignment.control3d`), where the model has them;
+* twins: the squared error of the difference between two predictions whose targets differ in depth alone, from the same
+  noise (ours): what a body says about depth is a small part of all other errors.
 
 Conditions are dropped as guidance drops them: the source alone, or source and pose together (design, Guidance).
 Timesteps are drawn with density proportional to t^(1/power - 1); power 1 is uniform (Ho et al., arXiv 2006.11239).
@@ -59,8 +61,8 @@ class TrainingConfig:
     poses of each. keep: steps after which the averaged weights are written aside (for a table at equal budget).
     base: a Stable Diffusion folder whose UNet both nets start from, or "" for random weights. data: "mannequin", or a
     folder of pairs (`FolderPairs`). height, width: of the training pictures; 0 is the model's own size.
-    human_prior: weight of L_HPL, where the model has 3D guidance. ambiguous: share of the mannequin's poses whose
-    keypoints do not tell their depth (`mannequin.twins`).
+    human_prior: weight of L_HPL, where the model has 3D guidance. twins: share of the mannequin's target pairs that
+    differ in depth alone (`mannequin.twins`). twin_weight: of the loss on their difference.
     decay: share of the steps, at the end, over which the learning rate falls to zero.
 
     Raises TruePoseError for an unknown row and for a height without a width.
@@ -79,6 +81,7 @@ class TrainingConfig:
     drop_all: float = 0.05
     alignment: float = 0.05
     human_prior: float = 0.002
+    twin_weight: float = 10.0
     timestep_power: float = 0.5
     accumulate: int = 1
     clip: float = 1.0
@@ -92,7 +95,7 @@ class TrainingConfig:
     keep: tuple[int, ...] = ()
     base: str = ""
     data: str = "mannequin"
-    ambiguous: float = 0.0
+    twins: float = 0.0
     height: int = 0
     width: int = 0
     gradient_checkpointing: bool = False
@@ -153,6 +156,13 @@ def draw_dropout(count: int, drop_source: float, drop_all: float, generator: tor
     """(keep_source, keep_pose), each [count] bool. The pose is only ever dropped together with the source."""
     u = torch.rand(count, generator=generator)
     return u >= drop_source + drop_all, u >= drop_all
+
+
+def shared_by_twins(x: Tensor, twin: Tensor) -> Tensor:
+    """Rows [B, ...] of which each second one of a pair of twins is its first one's. twin: [B / 2] bool."""
+    first, second = x[::2], x[1::2]
+    same = twin.view(-1, *(1,) * (x.ndim - 1))
+    return torch.stack([first, torch.where(same, first, second)], 1).flatten(0, 1)
 
 
 def region_loss_weight(masks: Tensor) -> Tensor:
@@ -234,7 +244,7 @@ class Trainer:
                 fresh=config.fresh,
                 step=start,
                 device=self.accelerator.device,
-                ambiguous=config.ambiguous,
+                twins=config.twins,
             )
         else:
             self.pool = FolderPairs(config.data, model_config.size, seed=config.seed, step=start)
@@ -262,6 +272,10 @@ class Trainer:
             clean.device
         )
         keep_source, keep_pose = (x.to(clean.device) for x in draw_dropout(count, c.drop_source, c.drop_all, generator))
+        if batch.twin is not None:
+            noise, steps, keep_source, keep_pose = (
+                shared_by_twins(x, batch.twin) for x in (noise, steps, keep_source, keep_pose)
+            )
         noisy = scheduler.add_noise(clean, noise, steps)
         pose_map = draw_skeleton(batch.target_body, *batch.target_image.shape[-2:])
         source_pose, target_pose = self._bodies(batch)
@@ -298,6 +312,12 @@ class Trainer:
             aligned = alignment_loss(alignments, batch.target_parsing, size, keep_source)
             figures["loss/alignment"] = aligned.item()
             loss = loss + c.alignment * aligned
+        if batch.twin is not None and c.twin_weight > 0:
+            apart = prediction.float() - wanted
+            apart = (weight[::2] * (apart[::2] - apart[1::2]).square()).mean((1, 2, 3))
+            twins = (apart * batch.twin).sum() / batch.twin.sum().clamp(min=1)
+            figures["loss/twins"] = twins.item()
+            loss = loss + c.twin_weight * twins
         if regressed is not None and c.human_prior > 0:
             prior = human_prior_loss(regressed, source_pose)
             figures["loss/human prior"] = prior.item()
