@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from truepose_core.alignment.control3d import framed_body, target_bodies
+from truepose_core.body.person import PosedBody
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 
 from . import host, host_control3d, host_model
+from .body import BodyType
 from .schema import Adapter, PoseKeypoint, Source, known, percent_window, schema
 from .source import ADAPTER_HINT, bodies
-
-Body = io.Custom("TRUEPOSE_BODY")
-
-
-class PlacedBodies(Protocol):
-    """What flows through a TRUEPOSE_BODY socket: bodies, and the (width, height) in pixels of the canvas their cameras
-    are of."""
-
-    bodies: BodyPose
-    canvas: tuple[int, int]
 
 
 class Apply3DGuidance(io.ComfyNode):
@@ -45,7 +35,7 @@ class Apply3DGuidance(io.ComfyNode):
                     "model", tooltip="The target_net of Load TruePose Model, before or after the other Apply nodes."
                 ),
                 Source.Input("source", tooltip="From SourceNet Encode, the same as for Apply HPFA."),
-                Body.Input(
+                BodyType.Input(
                     "target_body",
                     optional=True,
                     tooltip="The new body, from Load Body Pose or Body Pose from Keypoints: it says what is in front.",
@@ -90,7 +80,7 @@ class Apply3DGuidance(io.ComfyNode):
         cls,
         model: object,
         source: host.HostFeatures,
-        target_body: PlacedBodies | None = None,
+        target_body: PosedBody | None = None,
         target_pose: object = None,
         strength: float = 1.0,
         start_percent: float = 0.0,
@@ -128,7 +118,7 @@ def guidance(
     adapter: host_model.Adapter,
     source: host.HostFeatures,
     keypoints: Tensor | None,
-    placed: PlacedBodies | None,
+    placed: PosedBody | None,
     *,
     reads_source: bool = True,
     **more: object,
@@ -147,7 +137,10 @@ def guidance(
             keypoints = _matched(keypoints, source.batch)
         if placed is not None:
             width, height = placed.canvas
-            pose = framed_body(placed.bodies, adapter.frame((height, width)))
+            pose = framed_body(placed.pose, adapter.frame((height, width)))
+            if placed.smpl is not None:
+                # The model learned the generic body's shapes; those of another body's mean something else.
+                pose = BodyPose(pose.theta, torch.zeros_like(pose.beta), pose.camera)
             pose = pose.select(_matched(torch.arange(len(pose)), source.batch))
             keypoints = None
         else:

@@ -86,7 +86,10 @@ def test_a_pool_made_at_a_step_is_one_that_went_there(fresh, steps):
 
 
 def vars_of(batch):
-    return {k: v.masks if isinstance(v, HumanParsing) else v for k, v in vars(batch).items()}
+    found = {k: v.masks if isinstance(v, HumanParsing) else v for k, v in vars(batch).items() if v is not None}
+    for name in ("source_pose", "target_pose"):
+        found |= {f"{name}.{k}": v for k, v in vars(found.pop(name)).items()}
+    return found
 
 
 def test_the_oldest_people_are_replaced_and_nobody_comes_twice():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pack.nodes.source import ApplyHPFA, SourceNetEncode, bodies
 from torch import Tensor
 
 from truepose_core.alignment.control3d import Control3DConfig
+from truepose_core.body.person import PosedBody
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin.twins import mirror_body
@@ -39,14 +40,6 @@ KINDS = {
     "keypoints": Control3DConfig(query="keypoints", scale=0.6),
     "source": Control3DConfig(query="source", scale=0.6),
 }
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What a TRUEPOSE_BODY socket carries."""
-
-    bodies: BodyPose
-    canvas: tuple[int, int]
 
 
 @lru_cache
@@ -85,8 +78,8 @@ def body(name: str = "walk") -> BodyPose:
     return BodyPose(shown.theta, shown.beta, shown.camera)
 
 
-def placed(one: BodyPose | None = None) -> Placed:
-    return Placed(body() if one is None else one, (48, 64))
+def placed(one: BodyPose | None = None) -> PosedBody:
+    return PosedBody(body() if one is None else one, (48, 64))
 
 
 def guided(kind: str = "body", model: object = None, **more: object) -> object:
@@ -212,10 +205,10 @@ def test_what_keypoints_cannot_tell_makes_another_picture() -> None:
 
 def test_a_body_on_another_canvas_is_put_into_the_models() -> None:
     """The same picture, twice as large: the camera is in frame heights."""
-    one, other = (denoised(guided(target_body=Placed(body(), size)), noise()) for size in ((48, 64), (96, 128)))
+    one, other = (denoised(guided(target_body=PosedBody(body(), size)), noise()) for size in ((48, 64), (96, 128)))
     assert torch.allclose(one, other, atol=1e-5)
     # A wider one is padded above and below: the person gets smaller.
-    assert (denoised(guided(target_body=Placed(body(), (96, 64))), noise()) - one).abs().max() > 1e-3
+    assert (denoised(guided(target_body=PosedBody(body(), (96, 64))), noise()) - one).abs().max() > 1e-3
 
 
 def test_it_works_in_its_window_only() -> None:
