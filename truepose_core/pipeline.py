@@ -356,7 +356,7 @@ class TruePosePipeline(DiffusionPipeline):
                     if factors[0] != 0 or factors[1] != 0:
                         alone = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
                     full = replace(full, source=model.source_at(features, read_at), kv={})
-                elif full.source is not None and features.latent is not None:
+                elif full.source is not None and features.latent is not None and not behaviour.keeps_latent:
                     read = model.source_noised(features, t, self._sigma(t), context, pooled)
                     full = replace(full, source=full.source.with_sites(read.sites), kv={})
                 elif full.source is not None and features.levels:
