@@ -205,7 +205,7 @@ def perfect_but_for(run, delta):
         eps = (noisy - alpha.sqrt() * x0) / (1 - alpha).sqrt()
         v = alpha.sqrt() * eps - (1 - alpha).sqrt() * x0
         seen.update(snr=alpha.flatten() / (1 - alpha.flatten()), noise=noise)
-        return {"sample": x0, "epsilon": eps, "v_prediction": v}[run.model.config.prediction_type], {}
+        return {"sample": x0, "epsilon": eps, "v_prediction": v}[run.model.config.prediction_type], {}, None
 
     run.net = net
     return run.loss(batch, 0)[0].double(), seen["snr"].double()
