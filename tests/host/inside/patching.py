@@ -117,8 +117,6 @@ def test_region_match_with_a_target_parsing(height: int, width: int) -> None:
 
 
 def test_body_match_draws_to_the_same_place_of_the_body() -> None:
-    from truepose_core.alignment.skeleton_prior import body_coordinates
-
     body = torch.rand((2, 18, 3), generator=torch.Generator().manual_seed(4)) * 0.8 + 0.1
     body[..., 2] = 1
     features = source(body=body[:1])
@@ -127,10 +125,11 @@ def test_body_match_draws_to_the_same_place_of_the_body() -> None:
         h, w = 12, 8
         while h * w > n:
             h, w = (h + 1) // 2, (w + 1) // 2
-        a = body_coordinates(body[1:], h, w, 8 / 12)[0]
+        a = one.target_coordinates(body[1:], h, w, 8 / 12)[0]
         b = one.coordinates(site)[0]
-        far_apart = (a[:, None, :2] - b[None, :, :2]).square().sum(-1)
-        return -3.0 * a[:, None, 2] * b[None, :, 2] * far_apart
+        assert a.shape[-1] == 4, "an untrained model goes by the body's surface"
+        far_apart = (a[:, None, :-1] - b[None, :, :-1]).square().sum(-1)
+        return -3.0 * a[:, None, -1] * b[None, :, -1] * far_apart
 
     ours = sample(apply(model(), features, gamma=3.0, target_body=body[1:]))
     with reference(unet(), [features], bias):
