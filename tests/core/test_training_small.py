@@ -154,6 +154,14 @@ def test_the_exported_file_loads_strictly_and_tells_its_story(tmp_path):
     assert all(x.dtype == torch.float16 for x in load_file(weights).values())
 
 
+def test_loading_draws_no_random_numbers(tmp_path):
+    net = LiftNet(8, 1, 1)
+    path = save_small(net.state_dict(), tmp_path / "x.safetensors", "lift", net.sizes, {})
+    state = torch.get_rng_state()
+    load_small(path, "lift", LiftNet)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_files_of_another_kind_are_refused(tmp_path):
     net = LiftNet(8, 1, 1)
     path = save_small(net.state_dict(), tmp_path / "x.safetensors", "lift", net.sizes, {})

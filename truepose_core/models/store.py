@@ -133,7 +133,8 @@ def load_small(path: str | Path, kind: str, make: Callable[..., Network]) -> Net
     gradient may be taken through the network. Raises TruePoseError as `read_small`, and where the weights do not fit.
     """
     metadata, tensors = read_small(path, kind)
-    with torch.inference_mode(False):
+    # First weights are drawn and thrown away: whoever asks first must not find other random numbers than who asks next.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=()):
         try:
             network = make(**json.loads(metadata["config"]))
         except (KeyError, TypeError, ValueError) as error:
