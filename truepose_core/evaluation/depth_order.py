@@ -13,6 +13,7 @@ all four distances taken together. A picture that is too blurred to be near to e
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from truepose_core.mannequin.identity import Identities
 from truepose_core.mannequin.twins import ARMS, hide_faces
 from truepose_core.mannequin.world import _STRIDE, split_seed
 from truepose_core.parsing import HumanParsing
+
+_log = logging.getLogger(__name__)
 
 KINDS = ("arm", "turn")
 COLOUR = 0.15
@@ -284,7 +287,8 @@ def evaluate_depth_order(
     """Measure who is in front, on `pairs` ambiguous targets of each kind.
 
     models: model -> file, in place of those that ship ("depth-base", "depth-decoupled", "depth-2d", "depth-3d",
-    "depth-3d-found"). Raises TruePoseError for other names, numbers below 1, and a file that is missing.
+    "depth-3d-found"); rows of models that neither ship nor are given are left out, which the log says. Raises
+    TruePoseError for other names, numbers below 1, and a given file that is missing.
     """
     from truepose_core.models.store import bundled_path
 
@@ -296,7 +300,13 @@ def evaluate_depth_order(
         raise TruePoseError(f"unknown model {unknown[0]!r}; expected some of {', '.join(sorted(names))}")
     if steps < 1:
         raise TruePoseError(f"{steps} sampling steps; expected at least 1")
-    paths = {file: models.get(file.removeprefix("row-")) or bundled_path(file) for file, _ in LEARNED.values()}
+    paths: dict[str, str | Path] = {}
+    for file in dict.fromkeys(file for file, _ in LEARNED.values()):
+        name = file.removeprefix("row-")
+        try:
+            paths[file] = models.get(name) or bundled_path(file)
+        except TruePoseError:
+            _log.warning("no weights of %s ship: its rows are left out. Give yours with --model %s=FILE", name, name)
     draws = {file: model_draw(path, steps, seed, device) for file, path in paths.items()}
     rows: dict[str, dict[str, dict[str, float]]] = {}
     disputed = {}
@@ -305,6 +315,8 @@ def evaluate_depth_order(
         disputed[kind] = twins.disputed.flatten(1).sum(1).float().mean().item()
         table = {f"body {how}, drawn": body_order(twins, given) for how, given in (("lifted", False), ("given", True))}
         for row, (file, given) in LEARNED.items():
+            if file not in draws:
+                continue
             table[row] = picture_order(twins, draws[file], given)
         rows[kind] = {row: found.shares() for row, found in table.items()}
     return DepthOrderReport(rows, disputed, pairs, size, steps, seed, time.perf_counter() - started)

@@ -198,8 +198,13 @@ def make_rows(
             continue
         path = models.get(name)
         if path is None:
+            if name in ABLATION_ROWS:
+                raise TruePoseError(
+                    f"no weights of row {name!r} ship; train them with truepose train --row, and give them with "
+                    f"--model {name}=FILE"
+                )
             try:
-                path = bundled_path({**BUNDLED_ROWS, **ABLATION_ROWS}[name])
+                path = bundled_path(BUNDLED_ROWS[name])
             except TruePoseError as error:
                 raise TruePoseError(f"row {name!r}: {error}; or leave the row out") from error
         rows.append(model_row(name, path, steps, seed, device))
