@@ -1,6 +1,6 @@
 """ComfyUI nodes, a thin storey above truepose_core: a node is a schema and a call.
 
-Only the files named host*.py know the host's inside.
+Only the folder host/ knows the host's inside.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from comfy_api.latest import ComfyExtension, io  # noqa: E402
 
 from . import (  # noqa: E402
     align,
-    attention,
     body,
     caa,
     cfld,
     combine,
     control3d,
     field,
-    framing,
+    hpfa,
     human_parsing,
     mannequin,
     model,
     parsing,
+    photo,
     pose,
     pose_tools,
     references,
-    sampler,
     source,
+    view,
 )
 
 
@@ -62,7 +62,7 @@ class TruePoseExtension(ComfyExtension):
             source,
             caa,
             cfld,
-            sampler,
+            hpfa,
             references,
             human_parsing,
             parsing,
@@ -70,8 +70,8 @@ class TruePoseExtension(ComfyExtension):
             pose_tools,
             mannequin,
             body,
-            attention,
-            framing,
+            view,
+            photo,
             combine,
             align,
             field,

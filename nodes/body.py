@@ -19,8 +19,9 @@ from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose import Pose, body_tensor, read_pose
 
-from . import host_body, host_files
-from .framing import same_shape
+from .host import body as host_body
+from .host import files as host_files
+from .photo import same_shape
 from .schema import Parsing, PoseKeypoint, check_parsing, joined_batch, known, schema, to_core, to_host
 
 BodyType = io.Custom("TRUEPOSE_BODY")

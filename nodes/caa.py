@@ -12,21 +12,22 @@ from truepose_core.models.vision_tower import architectures
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import REGION_NAMES
 
-from . import host, host_caa, host_model, host_vision
+from .host import applied as host_applied
+from .host import model as host_model
+from .host import patch as host_patch
+from .host import unet as host_unet
+from .host import vision as host_vision
 from .schema import (
     CAA,
     Adapter,
     CAAAdapter,
     Parsing,
     PoseKeypoint,
-    check_parsing,
-    joined_batch,
     known,
     percent_window,
     schema,
-    to_core,
 )
-from .source import bodies, carried_parsing, fitted_to, source_bodies
+from .source import bodies, carried_parsing, source_person
 
 FROM_SHAPES = "from the file"
 
@@ -156,21 +157,17 @@ class CAAEncode(io.ComfyNode):
         clip_vision: object = None,
         pose: object = None,
     ) -> io.NodeOutput:
-        check_parsing(parsing, image, "the parsing")
-        batch = image.shape[0]
-        body = source_bodies(pose, batch)
-        parsing = joined_batch(parsing.to("cpu"), batch)
-        picture = to_core(image, "the image").cpu()
+        person = source_person(image, parsing, pose)
         if isinstance(adapter, host_vision.CAAAdapter):
             if clip_vision is None:
                 raise TruePoseError("connect clip_vision: an IP-Adapter reads what a CLIP vision model sees")
-            tokens, nothing = adapter.region_tokens(clip_vision, picture, parsing)
-            return io.NodeOutput(host_vision.SourceCAA(adapter, tokens, nothing, parsing, body))
-        picture, parsing, body = fitted_to(adapter, picture, parsing, body)
-        tokens = adapter.region_tokens(picture, parsing)
+            tokens, nothing = adapter.region_tokens(clip_vision, person.image, person.parsing)
+            return io.NodeOutput(host_vision.SourceCAA(adapter, tokens, nothing, person.parsing, person.body))
+        person = person.framed(adapter.frame(person.size))
+        tokens = adapter.region_tokens(person.image, person.parsing)
         if tokens is None:
             raise TruePoseError("this TruePose model was trained without CAA; choose another, or an IP-Adapter file")
-        return io.NodeOutput(host_vision.SourceCAA(adapter, tokens, None, parsing, body))
+        return io.NodeOutput(host_vision.SourceCAA(adapter, tokens, None, person.parsing, person.body))
 
 
 def _weights() -> list[io.Input]:
@@ -284,16 +281,16 @@ class ApplyCAA(io.ComfyNode):
         target_parsing: HumanParsing | None = None,
         target_pose: object = None,
     ) -> io.NodeOutput:
-        host.unet_of(model, "the model")
+        host_unet.unet_of(model, "the model")
         person = (face, hair, upper, lower, skin, accessory)
         cross = caa.cross(model, "target")
-        window = host.sigma_window(model, start_percent, end_percent)
+        window = host_unet.sigma_window(model, start_percent, end_percent)
         if strength == 0 or not any(person):
             return io.NodeOutput(model)
         # A trained model's background tokens read the whole person, so they weigh what the least of its regions does.
         omega = (min(person), *person)
         kappa = None if caa.trained else region_match
-        applied = host_caa.AppliedCAA(
+        applied = host_applied.AppliedCAA(
             cross={site: tokens.weighed(omega, strength, kappa) for site, tokens in cross.items()},
             empty={site: tokens.weighed(omega, strength, kappa) for site, tokens in caa.empty(model).items()},
             sigmas=window,
@@ -303,7 +300,7 @@ class ApplyCAA(io.ComfyNode):
             background=1.0 if caa.trained else background,
             trained=caa.trained,
         )
-        return io.NodeOutput(host.with_caa(model, applied))
+        return io.NodeOutput(host_patch.with_caa(model, applied))
 
 
 def _target(

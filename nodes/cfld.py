@@ -7,9 +7,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.cfld_encoder import cfld_frame
+from truepose_core.models.cfld.encoder import cfld_frame
 
-from . import host_cfld, host_guider, host_model
+from .host import cfld as host_cfld
+from .host import guider as host_guider
+from .host import model as host_model
 from .model import file_paths, file_stamps
 from .schema import PoseKeypoint, schema, to_core, to_host
 from .source import bodies

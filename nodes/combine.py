@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from truepose_core.combine import combine_sources
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.parsing.editing import MAX_BLUR, MAX_GROW, soften_mask
 from truepose_core.regions import REGION_NAMES
+from truepose_core.source.combine import combine_sources
 
-from . import host
+from .host import features as host_features
+from .host import unet as host_unet
 from .schema import Parsing, Source, schema
 
 
@@ -47,9 +48,11 @@ class CombineSources(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source: host.HostFeatures, donor: host.HostFeatures, **shares: float) -> io.NodeOutput:
+    def execute(
+        cls, source: host_features.HostFeatures, donor: host_features.HostFeatures, **shares: float
+    ) -> io.NodeOutput:
         table = [float(shares.get(name, 0.0)) for name in REGION_NAMES]
-        return io.NodeOutput(combine_sources(source, donor, table, host.CombinedHostFeatures))
+        return io.NodeOutput(combine_sources(source, donor, table, host_features.CombinedHostFeatures))
 
 
 class FreezeRegions(io.ComfyNode):
@@ -122,7 +125,7 @@ def check_latent(latent: Tensor, parsing: HumanParsing) -> None:
         raise TruePoseError(f"the latent is {tuple(latent.shape)}; expected that of a picture, [B, C, h, w]")
     height, width = parsing.size
     h, w = latent.shape[2:]
-    if abs(height / h - width / w) > max(height / h, width / w) * 0.05:
+    if not host_unet.same_shape(parsing.size, (h, w)):
         raise TruePoseError(
             f"the parsing is {width}x{height} and the latent {w}x{h} cells: another shape; "
             "make both from the same picture"

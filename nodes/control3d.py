@@ -11,8 +11,11 @@ from truepose_core.body.person import PosedBody
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 
-from . import host, host_control3d, host_model
 from .body import BodyType
+from .host import control3d as host_control3d
+from .host import features as host_features
+from .host import model as host_model
+from .host import unet as host_unet
 from .schema import Adapter, PoseKeypoint, Source, known, percent_window, schema
 from .source import ADAPTER_HINT, bodies
 
@@ -79,7 +82,7 @@ class Apply3DGuidance(io.ComfyNode):
     def execute(
         cls,
         model: object,
-        source: host.HostFeatures,
+        source: host_features.HostFeatures,
         target_body: PosedBody | None = None,
         target_pose: object = None,
         strength: float = 1.0,
@@ -88,7 +91,7 @@ class Apply3DGuidance(io.ComfyNode):
         unconditional: str = "drop",
         adapter: host_model.Adapter | None = None,
     ) -> io.NodeOutput:
-        host.unet_of(model, "the model")
+        host_unet.unet_of(model, "the model")
         adapter = host_model.adapter_of(model, adapter)
         if adapter is None or adapter.control_query is None:
             raise TruePoseError(
@@ -108,7 +111,7 @@ class Apply3DGuidance(io.ComfyNode):
             keypoints,
             target_body,
             strength=strength,
-            sigmas=host.sigma_window(model, start_percent, end_percent),
+            sigmas=host_unet.sigma_window(model, start_percent, end_percent),
             keep_unconditional=unconditional == "keep",
         )
         return io.NodeOutput(host_control3d.with_control3d(model, patch))
@@ -116,7 +119,7 @@ class Apply3DGuidance(io.ComfyNode):
 
 def guidance(
     adapter: host_model.Adapter,
-    source: host.HostFeatures,
+    source: host_features.HostFeatures,
     keypoints: Tensor | None,
     placed: PosedBody | None,
     *,

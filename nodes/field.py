@@ -6,7 +6,9 @@ from comfy_api.latest import io
 
 from truepose_core.guidance.field import FieldGuidance
 
-from . import host, host_field, host_model
+from .host import field as host_field
+from .host import model as host_model
+from .host import unet as host_unet
 from .schema import PoseKeypoint, known, percent_window, schema
 from .source import bodies
 
@@ -75,7 +77,7 @@ class PoseFieldGuidance(io.ComfyNode):
         target_pose: object = None,
         predictor: str = host_field.BUNDLED,
     ) -> io.NodeOutput:
-        host.unet_of(model, "the model")
+        host_unet.unet_of(model, "the model")
         options = FieldGuidance(scale, target_weight, start_percent, end_percent, host_field.predictor_path(predictor))
         target = None
         if target_pose is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path, PurePath
 
 import torch
@@ -10,25 +11,23 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.known import KNOWN, by_hand, find
-from truepose_core.onnx_runtime import PROVIDERS, close_sessions
-from truepose_core.parsing import HumanParsing, choose_parser, parse_from_keypoints, parse_image
-from truepose_core.parsing.onnx_parser import ATR_LIP, ATR_LIP_PARTS
+from truepose_core.networks.known import KNOWN, by_hand, find
+from truepose_core.networks.onnx import PROVIDERS, check_runtime, close_sessions
+from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.from_keypoints import has_opencv, parse_from_keypoints
+from truepose_core.parsing.onnx import ATR_LIP, ATR_LIP_PARTS, choose_parser, parse_image
 from truepose_core.parsing.spec import BUILT_IN
-from truepose_core.pose import read_pose
 from truepose_core.regions import REGION_NAMES
 
-from . import host_files
+from .host import files as host_files
+from .host.unet import say_once
 from .parsing import shown
 from .schema import Parsing, PoseKeypoint, known, schema, to_core
-from .source import bodies
+from .source import bodies, check_canvas
 
 KEYPOINTS = "from keypoints (no model)"
 MERGED = "ATR + LIP merged"
 DOWNLOAD = " (download)"
-
-# A pose whose canvas has another aspect ratio than this share of the image's is of another picture.
-_ASPECT = 0.03
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ def parser_name(option: str) -> str:
 
 def from_onnx(image: Tensor, option: str, provider: str, download: bool) -> tuple[HumanParsing, str]:
     """Parse with a network: the parsing, and in words what computed it."""
+    check_runtime(provider)
     name, folders = parser_name(option), host_files.folders()
     parts = ATR_LIP_PARTS if name == ATR_LIP else (name,)
     for missing in (part for part in parts if part in BUILT_IN and find(part, folders) is None):
@@ -69,17 +69,19 @@ def from_keypoints(image: Tensor, pose: object) -> tuple[HumanParsing, str]:
             f"{KEYPOINTS!r} needs the pose of the same image: connect one, for example from DWPose or Load Pose, or "
             "choose a parser"
         )
-    height, width = image.shape[2:]
-    for frame in read_pose(pose):
-        if abs(frame.width * height / (frame.height * width) - 1) > _ASPECT:
-            raise TruePoseError(
-                f"the pose was made on {frame.width}x{frame.height} pixels and the image is {width}x{height}: that is "
-                "another picture, or another crop of it. Take the pose from the same image"
-            )
+    check_canvas(pose, image.movedim(1, -1), "the pose")
     body = bodies(pose, "the pose")
     if len(body) not in (1, len(image)):
         raise TruePoseError(f"the pose has {len(body)} frames and the image {len(image)} pictures; expected as many")
-    return parse_from_keypoints(image, body.expand(len(image), -1, -1)), "from keypoints, without a model"
+    how = "from keypoints, without a model"
+    refine = has_opencv()
+    if not refine:
+        how += ", by shapes alone (without OpenCV)"
+        say_once(
+            "Human Parsing guesses the person's outline from shapes alone. Better: install OpenCV "
+            f"({sys.executable} -m pip install opencv-python-headless) and restart ComfyUI, or choose a parser"
+        )
+    return parse_from_keypoints(image, body.expand(len(image), -1, -1), refine=refine), how
 
 
 def shares(parsing: HumanParsing) -> str:

@@ -121,7 +121,7 @@ class Mannequin(io.ComfyNode):
                     min=16,
                     max=4096,
                     step=8,
-                    tooltip="Width of the picture in pixels. The bundled demo model works at 48 x 64.",
+                    tooltip="Width of the picture in pixels. The bundled demo model works at 96 x 128.",
                 ),
                 io.Int.Input(
                     "height",

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 from truepose_core.models.config import SKELETON
-from truepose_core.skeleton import draw_skeleton
+from truepose_core.pose.skeleton import draw_skeleton
 
-from . import host, host_guider, host_model
+from .host import guider as host_guider
+from .host import model as host_model
+from .host import patch as host_patch
+from .host import unet as host_unet
 from .schema import Adapter, PoseKeypoint, known, schema, to_core
 from .source import bodies
 
@@ -304,7 +307,7 @@ class ApplyPoseEncoder(io.ComfyNode):
         canvas: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        host.unet_of(model, "the model")
+        host_unet.unet_of(model, "the model")
         adapter = host_model.adapter_of(model, adapter)
         if adapter is None:
             raise TruePoseError(
@@ -327,8 +330,8 @@ class ApplyPoseEncoder(io.ComfyNode):
             given[SKELETON] = _fitted(skeleton, adapter, "the skeleton")
         left_out = [name for name in adapter.config.behaviour.pose_maps if name not in given]
         if left_out:
-            host.say_once(f"this model was trained with more pose maps: {', '.join(left_out)} left out")
-        return io.NodeOutput(host.with_pose(model, adapter.pose_embedding(given)))
+            host_unet.say_once(f"this model was trained with more pose maps: {', '.join(left_out)} left out")
+        return io.NodeOutput(host_patch.with_pose(model, adapter.pose_embedding(given)))
 
 
 def _fitted(picture: Tensor, adapter: host_model.Adapter, what: str) -> Tensor:
@@ -359,7 +362,7 @@ def _with_densepose(
         where = mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu()
         where = adapter.frame((where.shape[2], where.shape[3])).apply(where, 0.0)
     parts = adapter.labels(to_core(densepose, "the DensePose picture").cpu())
-    return host_model.with_channels(model, adapter.channels(parts, picture, where, vae))
+    return host_patch.with_channels(model, adapter.channels(parts, picture, where, vae))
 
 
 NODES = [LoadModel, PictureContext, EmptyLatent, ApplyPoseEncoder]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import folder_paths
@@ -10,8 +9,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from truepose_core.errors import TruePoseError
+from truepose_core.json_text import parse_json
 from truepose_core.pose import read_pose, write_pose
-from truepose_core.skeleton import draw_pose
+from truepose_core.pose.skeleton import draw_pose
 
 from .schema import PoseKeypoint, schema, to_host
 
@@ -75,20 +75,17 @@ class LoadPose(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str = PASTED, json: str = "") -> io.NodeOutput:
-        poses = read_pose(parse_json(json)) if file == PASTED else read_pose(cls._path(file))
+        poses = read_pose(pasted(json)) if file == PASTED else read_pose(cls._path(file))
         first = poses[0]
         face = ui.PreviewImage(to_host(draw_pose(first, first.height, first.width)), cls=cls)
         return io.NodeOutput(write_pose(poses), first.width, first.height, ui=face)
 
 
-def parse_json(text: str) -> object:
+def pasted(text: str) -> object:
     """The pasted text as an object. Raises with the place of the mistake."""
     if not text.strip():
         raise TruePoseError("no pose was given; choose a file from the input folder or paste OpenPose JSON")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise TruePoseError(f"the pasted pose is not valid JSON: {error}") from error
+    return parse_json(text, "the pasted pose")
 
 
 class DrawSkeleton(io.ComfyNode):

@@ -9,33 +9,31 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.known import KNOWN, by_hand, find
-from truepose_core.onnx_runtime import PROVIDERS
-from truepose_core.pose import BODY_KEYPOINTS, Pose, read_pose, write_pose
-from truepose_core.pose_edit import (
-    ABOUT,
-    FOLLOW,
-    edit_joint,
-    interpolate_poses,
-    mirror_pose,
-    transform_pose,
+from truepose_core.networks.known import KNOWN, by_hand, find
+from truepose_core.networks.onnx import PROVIDERS, check_runtime
+from truepose_core.pose import Person, Pose, read_pose, write_pose
+from truepose_core.pose.edit import ABOUT, FOLLOW, edit_joint, interpolate_poses, mirror_pose, transform_pose
+from truepose_core.pose.estimation import DETECTOR_MODEL, POSE_MODEL, THRESHOLD, choose_estimator, estimate_pose
+from truepose_core.pose.gallery import FILL, NAMES, gallery_pose
+from truepose_core.pose.keypoints import BODY_KEYPOINTS
+from truepose_core.pose.retarget import (
+    ANCHORS,
+    SIZES,
+    missing_parts,
+    retarget_as_shown,
+    retarget_pose,
+    retarget_video,
 )
-from truepose_core.pose_estimation import (
-    DETECTOR_MODEL,
-    POSE_MODEL,
-    THRESHOLD,
-    choose_estimator,
-    estimate_pose,
-)
-from truepose_core.pose_gallery import FILL, NAMES, gallery_pose
-from truepose_core.retarget import ANCHORS, SIZES, retarget_pose, retarget_video
-from truepose_core.skeleton import draw_pose
+from truepose_core.pose.skeleton import draw_pose
 
-from . import host_files
+from .host import files as host_files
+from .host.checks import warn_on_node
 from .schema import PoseKeypoint, known, schema, to_core, to_host, to_mask
 
 ALL_PEOPLE, WHOLE_PICTURE = "all people", "whole picture"
 ONE_PERSON, EVERYBODY, VIDEO = "one person", "everybody by index", "one person in a video"
+WHOLE_POSE, AS_SOURCE = "whole pose", "what the source shows"
+SHOWS = (WHOLE_POSE, AS_SOURCE)
 MOVE_BY, MOVE_TO = "by", "to"
 LARGEST_SIDE = 16384
 # How bright the photo shows behind the skeleton on the node.
@@ -171,6 +169,7 @@ class EstimatePose(io.ComfyNode):
 
 def open_networks(detect: bool, provider: str, download: bool) -> object:
     """The estimator; what is missing is named, with the switch that fetches it."""
+    check_runtime(provider)
     folders = host_files.folders()
     for name in (POSE_MODEL, DETECTOR_MODEL) if detect else (POSE_MODEL,):
         if not download and find(name, folders) is None:
@@ -246,6 +245,17 @@ class RetargetPose(io.ComfyNode):
                 ),
                 person_input("target_person", "the largest", "the target"),
                 person_input("source_person", "the largest", "the source"),
+                known(
+                    io.Combo.Input,
+                    id="shows",
+                    options=list(SHOWS),
+                    default=WHOLE_POSE,
+                    optional=True,
+                    tooltip=(
+                        f"{WHOLE_POSE}: all of it, where the source is cut too. {AS_SOURCE}: as large and as far cut "
+                        "as the person in the source, for portraits; anchor and size are not read."
+                    ),
+                ),
             ],
             outputs=pose_outputs("The target's pose on the source's proportions."),
         )
@@ -260,10 +270,15 @@ class RetargetPose(io.ComfyNode):
         people: str = ONE_PERSON,
         target_person: int = -1,
         source_person: int = -1,
+        shows: str = WHOLE_POSE,
     ) -> io.NodeOutput:
         sources = read_pose(source)
         count = len(read_pose(target))
         chosen = {"target_person": index(target_person), "source_person": index(source_person)}
+        if shows == AS_SOURCE and people != ONE_PERSON:
+            raise TruePoseError(f"shows {AS_SOURCE!r} is for one person; set people to {ONE_PERSON!r}")
+        if shows == WHOLE_POSE and people != EVERYBODY:
+            tell_missing(sources[0].person(chosen["source_person"]), read_pose(target)[0], chosen["target_person"])
         if people == VIDEO:
             if len(sources) != 1:
                 raise TruePoseError(f"the source has {len(sources)} frames; for a video expected one")
@@ -271,6 +286,8 @@ class RetargetPose(io.ComfyNode):
         if len(sources) not in (1, count):
             raise TruePoseError(f"the target has {count} frames and the source {len(sources)}; expected 1 or {count}")
         own = iter(sources * count if len(sources) == 1 else sources)
+        if shows == AS_SOURCE:
+            return finished(each_frame(target, lambda pose: retarget_as_shown(pose, next(own), **chosen)), cls)
         return finished(
             each_frame(
                 target,
@@ -279,6 +296,18 @@ class RetargetPose(io.ComfyNode):
                 ),
             ),
             cls,
+        )
+
+
+def tell_missing(source: Person, target: Pose, person: int | None) -> None:
+    """Warn where a pose has parts that its source does not show."""
+    missing = missing_parts(source)
+    wanted = missing_parts(target.person(person))
+    made_up = [part for part in missing if part not in wanted]
+    if made_up:
+        warn_on_node(
+            f"the source shows no {', no '.join(made_up)}, and the pose has them: they will be made up. Set shows to "
+            f"{AS_SOURCE!r} to keep to what the source shows"
         )
 
 

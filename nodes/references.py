@@ -9,7 +9,8 @@ from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose import read_pose
 
-from . import host, host_references
+from .host import references as host_references
+from .host import unet as host_unet
 from .schema import Parsing, PoseKeypoint, check_parsing, known, percent_window, schema, to_core, to_host
 from .source import bodies, carried_parsing, region_weights
 
@@ -47,7 +48,7 @@ class GuideReferences(io.ComfyNode):
                     max=host_references.MOST,
                     tooltip="Which reference of the conditioning: 1 is the one that was put into it first.",
                 ),
-                *region_weights(),
+                *region_weights(background=0.0),
                 io.Float.Input(
                     "region_match",
                     default=0.0,
@@ -163,7 +164,7 @@ class GuideReferences(io.ComfyNode):
             given=given,
             body=body,
             target_body=target_body,
-            sigmas=host.sigma_window(model, start_percent, end_percent),
+            sigmas=host_unet.sigma_window(model, start_percent, end_percent),
             blocks=blocks,
             keep_positions=keep_positions,
         )

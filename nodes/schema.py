@@ -13,6 +13,68 @@ from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 
 CATEGORY = "TruePose"
+MENU: dict[str, tuple[str, ...]] = {
+    "model": (
+        "LoadModel",
+        "EmptyLatent",
+        "ApplyPoseEncoder",
+        "PictureContext",
+        "LoadCAAAdapter",
+        "LoadOpenCLIPVision",
+        "LoadCFLD",
+        "ApplyCFLD",
+        "RestoreCFLD",
+    ),
+    "source": (
+        "SourceNetEncode",
+        "ApplyHPFA",
+        "CombineSources",
+        "CAAEncode",
+        "ApplyCAA",
+        "GuideReferences",
+        "AttentionView",
+    ),
+    "sampling": ("HPFASampler", "Guider", "Apply3DGuidance", "PoseFieldGuidance"),
+    "pose": (
+        "LoadPose",
+        "EstimatePose",
+        "PoseGallery",
+        "EditPose",
+        "TransformPose",
+        "RetargetPose",
+        "InterpolatePoses",
+        "DrawSkeleton",
+    ),
+    "parsing": (
+        "HumanParsing",
+        "ParsingFromMasks",
+        "ParsingFromLabels",
+        "EditParsing",
+        "ParsingToMasks",
+        "ParsingToSEGS",
+        "FreezeRegions",
+    ),
+    "body": ("LoadBodyPose", "BodyPoseFromKeypoints", "RenderBody", "CarryAlongBody", "AlignSource"),
+    "photo": ("FramePerson", "PasteBack", "HandsAndFace", "Mannequin"),
+}
+"""Submenu -> its nodes, without the prefix of their ids, as a user comes to them."""
+COMMON_NAMES = frozenset(
+    {
+        "LoadPose",
+        "EstimatePose",
+        "PoseGallery",
+        "EditPose",
+        "TransformPose",
+        "RetargetPose",
+        "InterpolatePoses",
+        "DrawSkeleton",
+        "HumanParsing",
+        "RenderBody",
+        "PasteBack",
+        "Mannequin",
+    }
+)
+"""Nodes whose names other packs have too: ours say whose they are."""
 Parsing = io.Custom("TRUEPOSE_PARSING")
 Source = io.Custom("TRUEPOSE_SOURCE")
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
@@ -30,10 +92,13 @@ def known(factory: type, **keywords: Any) -> Any:
     return factory(**{k: v for k, v in keywords.items() if k in names})
 
 
-def schema(**keywords: Any) -> io.Schema:
-    """`io.Schema` in the pack's category."""
-    keywords.setdefault("category", CATEGORY)
-    return known(io.Schema, **keywords)
+def schema(*, node_id: str, display_name: str, **keywords: Any) -> io.Schema:
+    """`io.Schema` in the node's submenu."""
+    name = node_id.removeprefix(CATEGORY)
+    menu = next(menu for menu, names in MENU.items() if name in names)
+    if name in COMMON_NAMES:
+        display_name = f"{display_name} ({CATEGORY})"
+    return known(io.Schema, node_id=node_id, display_name=display_name, category=f"{CATEGORY}/{menu}", **keywords)
 
 
 def percent_window(what: str) -> list[io.Input]:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 from torch import Tensor
-from torch.nn.functional import pad
 
-from truepose_core.alignment.skeleton_prior import region_prior
 from truepose_core.errors import TruePoseError
-from truepose_core.guidance import weigh_region_tokens
+from truepose_core.framing.frame import check_shape
+from truepose_core.guidance.scales import weigh_region_tokens
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import region_prior
 from truepose_core.pose import body_tensor, read_pose
 from truepose_core.regions import REGION_NAMES, Region
+from truepose_core.source.person import SourcePerson
 
-from . import host, host_model, host_vision
+from .host import applied as host_applied
+from .host import checks as host_checks
+from .host import features as host_features
+from .host import model as host_model
+from .host import patch as host_patch
+from .host import source as host_source
+from .host import unet as host_unet
+from .host import vision as host_vision
 from .schema import (
     CAA,
     Adapter,
     Parsing,
     PoseKeypoint,
     Source,
-    check_parsing,
     joined_batch,
     known,
     percent_window,
@@ -52,43 +59,39 @@ def bodies(keypoints: object, what: str, adapter: host_model.Adapter | None = No
     return body_tensor(people)
 
 
-def source_bodies(keypoints: object, batch: int) -> Tensor | None:
-    """The source people's keypoints for `batch` images: [batch, 18, 3], or None without a pose."""
-    if keypoints is None:
-        return None
-    body = bodies(keypoints, "the source pose")
-    if body.shape[0] not in (1, batch):
-        raise TruePoseError(f"there are {body.shape[0]} source poses and {batch} images; expected 1 or {batch}")
-    return body.expand(batch, -1, -1)
+def source_person(image: Tensor, parsing: HumanParsing, keypoints: object) -> SourcePerson:
+    """The people of an IMAGE [B, H, W, C], with a parsing of it (one for each picture, or one for all) and their
+    keypoints (likewise, or None). Raises TruePoseError for a parsing or a pose of another picture."""
+    picture = to_core(image, "the image").cpu()
+    check_canvas(keypoints, image, "the pose")
+    if keypoints is not None:
+        body = bodies(keypoints, "the source pose")
+        if body.shape[0] not in (1, len(picture)):
+            raise TruePoseError(
+                f"there are {body.shape[0]} source poses and {len(picture)} images; expected 1 or {len(picture)}"
+            )
+    return SourcePerson(picture, parsing.to("cpu"), None if keypoints is None else body)
 
 
-def fitted_to(
-    adapter: host_model.Adapter, image: Tensor, parsing: HumanParsing, body: Tensor | None
-) -> tuple[Tensor, HumanParsing, Tensor | None]:
-    """Image [B, 3, H, W], its parsing and its keypoints in the model's canvas, whole and undistorted."""
-    frame = adapter.frame((image.shape[2], image.shape[3]))
-    # Padding has each picture's own mean colour, so the person's surroundings have no invented edge.
-    framed = [frame.apply(x[None], x.mean((1, 2)).tolist()) for x in image]
-    body = None if body is None else frame.apply_keypoints(body)
-    return torch.cat(framed), frame.apply_parsing(parsing), body
+def check_canvas(keypoints: object, image: Tensor, what: str) -> None:
+    """Raise TruePoseError for a POSE_KEYPOINT whose canvas has not the proportions of the IMAGE [B, H, W, C] it is said
+    to be of; None is fine."""
+    for pose in () if keypoints is None else read_pose(keypoints):
+        check_shape(what, (pose.height, pose.width), "the image", tuple(image.shape[1:3]))
 
 
-def padded_to(
-    image: Tensor, parsing: HumanParsing, body: Tensor | None, multiple: int
-) -> tuple[Tensor, HumanParsing, Tensor | None]:
-    """Image [B, 3, H, W], its parsing and its keypoints, right and bottom edges repeated up to whole latent cells.
-
-    The host's VAE would crop instead, and the parsing would slide off the picture.
-    """
-    height, width = image.shape[2:]
-    down, right = -height % multiple, -width % multiple
-    if not down and not right:
-        return image, parsing, body
-    edges = (0, right, 0, down)
-    if body is not None:
-        body = body * body.new_tensor([width / (width + right), height / (height + down), 1.0])
-    masks = pad(parsing.masks, edges, mode="replicate")
-    return pad(image, edges, mode="replicate"), HumanParsing(masks), body
+def needs_pose(adapter: host_model.Adapter, name: str) -> None:
+    """What to say where a TruePose model's source or target has no pose. Raises TruePoseError where the model carries
+    the source along the pose; others match by it, and the node warns."""
+    if adapter.config.aligned:
+        raise TruePoseError(
+            f"this {adapter.config.family} model carries the source to the new pose, and knows only one of the two: "
+            f"connect {name} (keypoints, for example from Estimate Pose)"
+        )
+    if adapter.config.fusion == "hpfa":
+        host_checks.warn_on_node(
+            f"{name} is not connected: this model matches places on the body, and does without it poorly"
+        )
 
 
 class SourceNetEncode(io.ComfyNode):
@@ -188,27 +191,30 @@ class SourceNetEncode(io.ComfyNode):
         source_reading: str = AS_PUBLISHED,
         levels: int = 4,
     ) -> io.NodeOutput:
-        check_parsing(parsing, image, "the parsing")
-        host.unet_of(model, "the model")
+        person = source_person(image, parsing, pose)
+        host_unet.unet_of(model, "the model")
         adapter = host_model.adapter_of(model, adapter)
-        batch = image.shape[0]
-        body = source_bodies(pose, batch)
-        parsing = joined_batch(parsing.to("cpu"), batch)
-        picture = to_core(image, "the image").cpu()
-        caa = None if caa is None else caa.repeated(batch)
+        if person.body is None and adapter is not None:
+            needs_pose(adapter, "pose")
+        caa = None if caa is None else caa.repeated(len(person.image))
         cross = {} if caa is None else caa.cross(model, "source")
         if adapter is None:
-            picture, parsing, body = padded_to(picture, parsing, body, host.cell_size(vae))
-            latent = vae.encode(picture.movedim(1, -1))
+            # The host's VAE would crop to whole cells, and the parsing would slide off the picture.
+            person = person.padded(host_unet.cell_size(vae))
+            parsing, body = person.parsing, person.body
+            latent = vae.encode(person.image.movedim(1, -1))
             reading = LEVELS if source_reading == AS_PUBLISHED else source_reading
             noisy = {ONCE: {}, LEVELS: {"levels": levels}, EVERY_STEP: {"levels": 1, "anew": True}}[reading]
-            return io.NodeOutput(host.read_source(model, latent, parsing, conditioning, body, cross=cross, **noisy))
+            return io.NodeOutput(
+                host_source.read_source(model, latent, parsing, conditioning, body, cross=cross, **noisy)
+            )
         if source_reading in (LEVELS, EVERY_STEP):
             raise TruePoseError(
                 f"this {adapter.config.family} model says how it was trained to read its source; set source_reading to "
                 f"{AS_PUBLISHED} or {ONCE}"
             )
-        picture, parsing, body = fitted_to(adapter, picture, parsing, body)
+        person = person.framed(adapter.frame(person.size))
+        picture, parsing, body = person.image, person.parsing, person.body
         latent = vae.encode(picture.movedim(1, -1))
         tokens = adapter.region_tokens(picture, parsing) if caa is None or not caa.trained else caa.tokens
         if tokens is not None:
@@ -223,10 +229,10 @@ class SourceNetEncode(io.ComfyNode):
         nothing = None
         if adapter.config.behaviour.unconditional == "zero latent":
             zeros = torch.zeros_like(latent)
-            nothing = host.read_source(
+            nothing = host_source.read_source(
                 model, zeros, parsing, conditioning, body, cross=cross, timestep=adapter.source_timestep, anew=again
             )
-        source = host.read_source(
+        source = host_source.read_source(
             model,
             latent,
             parsing,
@@ -239,6 +245,7 @@ class SourceNetEncode(io.ComfyNode):
             nothing=nothing,
             anew=again,
             match=adapter.config.match,
+            align=adapter.config.recurrent,
         )
         return io.NodeOutput(source)
 
@@ -254,7 +261,7 @@ REGION_HINTS = {
 }
 
 
-def region_weights(background: float = 0.0) -> list[io.Input]:
+def region_weights(background: float = 1.0) -> list[io.Input]:
     """An input for the weight of each region."""
     return [
         io.Float.Input(
@@ -327,7 +334,7 @@ class ApplyHPFA(io.ComfyNode):
                 known(
                     io.Combo.Input,
                     id="blocks",
-                    options=list(host.BLOCKS),
+                    options=list(host_unet.BLOCKS),
                     default="all",
                     advanced=True,
                     tooltip="Which parts of the UNet see the source. The decoder alone keeps texture and costs less.",
@@ -388,9 +395,9 @@ class ApplyHPFA(io.ComfyNode):
     def execute(
         cls,
         model: object,
-        source: host.HostFeatures,
+        source: host_features.HostFeatures,
         strength: float = 1.0,
-        background: float = 0.0,
+        background: float = 1.0,
         face: float = 1.0,
         hair: float = 1.0,
         upper: float = 1.0,
@@ -409,8 +416,11 @@ class ApplyHPFA(io.ComfyNode):
         match: str = LEARNED,
         style: float = 0.0,
     ) -> io.NodeOutput:
+        adapter = host_model.adapter_of(model, adapter)
+        if adapter is not None and target_pose is None and strength > 0:
+            needs_pose(adapter, "target_pose")
         applied = applied_source(
-            host_model.adapter_of(model, adapter),
+            adapter,
             source,
             (background, face, hair, upper, lower, skin, accessory),
             strength,
@@ -419,26 +429,26 @@ class ApplyHPFA(io.ComfyNode):
             target_pose,
             beta=region_match,
             gamma=body_match,
-            sigmas=host.sigma_window(model, start_percent, end_percent),
+            sigmas=host_unet.sigma_window(model, start_percent, end_percent),
             blocks=blocks,
             keep_unconditional=unconditional == "keep",
             style=style,
         )
-        return io.NodeOutput(host.with_hpfa(model, applied))
+        return io.NodeOutput(host_patch.with_hpfa(model, applied))
 
 
 def applied_source(
     adapter: host_model.Adapter | None,
-    source: host.HostFeatures,
+    source: host_features.HostFeatures,
     omega: tuple[float, ...],
     strength: float,
     set_match: tuple[float, float] | None,
     target_parsing: HumanParsing | None,
     target_pose: object,
     **more: object,
-) -> host.AppliedSource:
+) -> host_applied.AppliedSource:
     """One source as a model shall read it. set_match: (region match, body match) in place of what an adapter learned;
-    more: see `host.AppliedSource`."""
+    more: see `AppliedSource`."""
     body = None if target_pose is None else bodies(target_pose, "the target pose", adapter)
     given = target_parsing is not None
     parsing = target_parsing.to("cpu") if given else None
@@ -459,7 +469,7 @@ def applied_source(
             "cross": adapter.cross_tokens(weighed.caa, "target"),
             "aligned": adapter.aligned(source, body, weights, strength),
         }
-    return host.AppliedSource(
+    return host_applied.AppliedSource(
         source=source,
         omega=omega,
         strength=strength,

@@ -11,7 +11,7 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from small import small_model
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.importing.plan import Part, Plan
+from truepose_core.importing.plan import Part, Plan
 
 
 class Toy:

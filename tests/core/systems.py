@@ -17,8 +17,8 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from truepose_core.models.importing.plan import TensorInfo
 from truepose_core.parsing import HumanParsing
+from truepose_core.weights.reading import TensorInfo
 
 SIZE = (64, 64)
 LATENT = (8, 8)

@@ -5,8 +5,8 @@
         comfy.object_info()
         entry = comfy.run({"1": {"class_type": "...", "inputs": {...}}})
 
-The server gets a base directory of its own (models, input, output, custom_nodes), a database in memory and a
-free port, so a user's installation is read and never written.
+The server gets a base directory of its own (models, input, output, custom_nodes), a database of its own and a free
+port, so a user's installation is read and never written.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Server:
         self.port = _free_port()
         command = [str(self.host.python), "-u", "main.py", "--port", str(self.port)]
         command += ["--listen", "127.0.0.1", "--base-directory", str(self.folder)]
-        command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
+        # In a file: SQLAlchemy gives each thread its own database in memory, and fails to close another thread's.
+        command += ["--database-url", f"sqlite:///{self.folder / 'comfyui.db'}", "--disable-auto-launch"]
         if not _has_cuda(self.host):
             command.append("--cpu")
         environment = dict(os.environ, PYTHONUNBUFFERED="1", NO_PROXY="127.0.0.1,localhost")

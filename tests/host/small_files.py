@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from truepose_core.models.known import KNOWN
+from truepose_core.networks.known import KNOWN
 
 DETECTOR_SIDE = 640
 POSE_WIDTH, POSE_HEIGHT = 288, 384

@@ -23,13 +23,15 @@ def has_pytest(host: Host) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_inside(host: Host, has_pytest: None, file: str) -> None:
+def test_inside(host: Host, has_pytest: None, file: str, tmp_path: Path) -> None:
     command = [str(host.python), "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"]
     command += ["--rootdir", str(INSIDE), "--confcutdir", str(INSIDE), str(INSIDE / file)]
-    environment = dict(os.environ, COMFYUI_DIR=str(host.folder))
+    # What a test leaves behind is in a folder that pytest removes.
+    environment = dict(os.environ, COMFYUI_DIR=str(host.folder), TMPDIR=str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     if done.returncode in (0, 5) and " skipped" in done.stdout and " passed" not in done.stdout:
         pytest.skip(f"{file}: {done.stdout.strip().splitlines()[-1]}")
     counted = re.search(r"(\d+) passed", done.stdout)
     print(f"{file} in ComfyUI {host.version}: {done.stdout.strip().splitlines()[-1]}", file=sys.stderr)
+    assert not list(tmp_path.glob("truepose_host_*"))
     assert done.returncode == 0 and counted, done.stdout[-8000:] + done.stderr[-2000:]

@@ -85,7 +85,8 @@ def test_a_truepose_models_adapter_is_accepted_too(comfy: Server) -> None:
             "CAAEncode",
             {"adapter": ["loaded", 3], "image": ["person", 0], "parsing": ["person", 1]},
         ),
-        "apply": ("ApplyCAA", {"model": ["loaded", 0], "caa": ["caa", 0], "strength": 1.0, **WEIGHTS}),
+        "posed": ("ApplyPoseEncoder", {"model": ["loaded", 0], "pose": ["person", 2]}),
+        "apply": ("ApplyCAA", {"model": ["posed", 0], "caa": ["caa", 0], "strength": 1.0, **WEIGHTS}),
     }
     graph = {name: {"class_type": f"TruePose{kind}", "inputs": inputs} for name, (kind, inputs) in prompt.items()}
     info = comfy.object_info()
@@ -99,4 +100,4 @@ def test_a_truepose_models_adapter_is_accepted_too(comfy: Server) -> None:
     graph["sampler"] = {"class_type": "KSampler", "inputs": {**sampling, **links}}
     graph["decoded"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["loaded", 2]}}
     graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["decoded", 0], "filename_prefix": "caa"}}
-    assert picture(comfy, graph).shape == (64, 48, 3)
+    assert picture(comfy, graph).shape == (128, 96, 3)

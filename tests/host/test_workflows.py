@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,19 +12,19 @@ from pathlib import Path
 import numpy
 import pytest
 from browser import Browser, find_browser
-from graph import CORE_VERSION, NOTE, declared, fits, is_widget, pack_identity, to_api
+from graph import CORE_VERSION, NOTE, SCREEN, declared, fits, is_widget, pack_identity, to_api
 from make_workflows import BUILDERS, FILES, FRAMES, IP_ADAPTER, MANY, POSE_FILES, WORKFLOWS, build, text
 from PIL import Image
 from server import PACK_NAME, Server
 from small_files import PHOTOS, mannequin_photo, save_ip_adapter, save_photo
 
 NAMES = sorted(BUILDERS)
-NEEDS_NO_FILE = ("attention_view", "demo", "pose_sequence")
+NEEDS_NO_FILE = ("attention_view", "demo", "extreme_pose", "pose_sequence")
 PASTED_NAMES = ("photo_to_pose", "restyle_region", "swap_garment_photo")
 PHOTO_NAMES = ("carry_and_inpaint", *PASTED_NAMES)
 MODEL_FILES = {model["name"] for model in FILES}
 """Checkpoints, a LoRA and ControlNets, which a test has not got. A prompt may lack these and nothing else."""
-SHOW = ("MaskPreview", "PreviewImage", "SaveAnimatedWEBP", "SaveImage")
+SHOW = ("MaskPreview", "PreviewImage", "SaveAnimatedWEBP", "SaveImage", "TruePoseAttentionView")
 
 
 def read(name: str) -> dict:
@@ -54,7 +55,7 @@ def test_every_workflow_has_a_file_and_a_picture() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_as_they_are_built(name: str, info: dict) -> None:
     assert text(build(name, info)) == (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"), (
-        "run python tests/host/make_workflows.py"
+        "run python workflows/source/make_workflows.py"
     )
 
 
@@ -89,10 +90,58 @@ def test_structure(name: str, info: dict) -> None:
         if node["type"] == "TruePoseEstimatePose":
             named = {model["name"] for model in POSE_FILES}
         assert named == {model["name"] for model in properties.get("models", [])}
-    boxes = [(*node["pos"], *node["size"]) for node in nodes.values()]
-    for i, (x, y, w, h) in enumerate(boxes):
-        for a, b, c, d in boxes[i + 1 :]:
-            assert x + w <= a or a + c <= x or y + h + 30 <= b or b + d + 30 <= y, "two nodes overlap"
+    assert not overlaps([(*node["pos"], *node["size"]) for node in nodes.values()])
+    assert max(group["bounding"][3] for group in workflow["groups"]) <= SCREEN + 110, "a column longer than a screen"
+
+
+def overlaps(boxes: list[tuple[float, float, float, float]]) -> list[tuple]:
+    """Pairs of nodes [x, y, width, height] of which one lies on another or its title."""
+    return [
+        (one, other)
+        for one, other in itertools.combinations(boxes, 2)
+        if not (
+            one[0] + one[2] <= other[0]
+            or other[0] + other[2] <= one[0]
+            or one[1] + one[3] + 30 <= other[1]
+            or other[1] + other[3] + 30 <= one[1]
+        )
+    ]
+
+
+def test_nothing_overlaps_after_a_run_on_the_page(browser: Browser) -> None:
+    """Nodes that show a picture grow when they have one."""
+    browser.drop(WORKFLOWS / "attention_view.json", wait_for_node="TruePoseAttentionView")
+    assert browser.queue()["kind"] == "success"
+    shown = "return window.app.graph._nodes.every(n => !n.type.includes('AttentionView') || n.imgs?.length)"
+    end = time.monotonic() + 60
+    while not browser.script(shown) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert browser.script(shown)
+    boxes = browser.script("return window.app.graph._nodes.map(n => [...n.pos, ...n.size])")
+    assert not overlaps([tuple(box) for box in boxes])
+
+
+WEIGHTS = ("background", "face", "hair", "upper", "lower", "skin", "accessory")
+SPECIAL = {("attention_view", "match"), ("attention_view", "region_match")}
+"""Where a workflow is about another value than the node's own."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_reads_the_source_has_the_nodes_own_values(name: str, info: dict) -> None:
+    """So that what a workflow teaches is what one gets by adding the node; only region weights are chosen."""
+    for node in to_api(read(name), info).values():
+        if node["class_type"] not in ("TruePoseApplyHPFA", "TruePoseSourceNetEncode", "TruePoseHPFASampler"):
+            continue
+        for key, declaration, _ in declared(info[node["class_type"]]):
+            own = declaration[1].get("default") if is_widget(declaration) else None
+            if own is not None and key not in WEIGHTS and (name, key) not in SPECIAL:
+                assert node["inputs"][key] == own, key
+
+
+def test_the_background_has_one_default(info: dict) -> None:
+    for name in ("TruePoseApplyHPFA", "TruePoseHPFASampler"):
+        weights = {key: settings["default"] for key, (_, settings), _ in declared(info[name]) if key in WEIGHTS}
+        assert weights == dict.fromkeys(WEIGHTS, 1.0)
 
 
 def test_they_show_the_packs_nodes_and_need_no_other_pack(info: dict) -> None:

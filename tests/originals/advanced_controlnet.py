@@ -87,6 +87,12 @@ def family_rows(title: str, family: str) -> list:
         theirs = run(who, *originally(source, prompts, kind, fidelity))
         ours = run(patched(who, source, prompts, kind, fidelity), *prompts)
         rows.append(Row(f"{title}: {case}: guided prediction at each step", ours, theirs))
+    # The bank of the negative rows is then the source as the positive prompt reads it, which is what `keep` shows them.
+    one = prompts[0], prompts[0]
+    for kind, what in (("reference_attn", "attention"), ("reference_attn+adain", "attention and AdaIN")):
+        theirs = run(who, *originally(source, one, kind, 0.0))
+        ours = run(kept(who, source, one[0], kind), *one)
+        rows.append(Row(f"{title}: {what}, style fidelity 0, one prompt for both, `keep`", ours, theirs))
     return rows
 
 
@@ -123,9 +129,10 @@ def originally(source: object, prompts: tuple, kind: str, fidelity: float) -> tu
     import torch
     from advanced_controlnet.adv_control import control_reference
     from advanced_controlnet.adv_control.nodes_main import AdvancedControlNetApply
-    from pack.nodes import host
 
-    fixed = torch.randn(source.shape, generator=torch.Generator().manual_seed(host.NOISE_SEED))
+    from truepose_core.source.features import NOISE_SEED
+
+    fixed = torch.randn(source.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
     as_published = control_reference.ref_noise_latents
 
     def noised(latents: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -144,16 +151,28 @@ def originally(source: object, prompts: tuple, kind: str, fidelity: float) -> tu
 def patched(who: object, source: object, prompts: tuple, kind: str, fidelity: float) -> object:
     """The MODEL with Apply HPFA, read at every step. Its bank is read with each row's own prompt: for negative rows
     that is a source of its own here."""
+    for number, prompt in enumerate(prompts if fidelity == 0 else prompts[:1]):
+        who = applied(who, source, prompt, kind, only_unconditional=number == 1)
+    return who
+
+
+def kept(who: object, source: object, prompt: list, kind: str) -> object:
+    """The MODEL with Apply HPFA, *unconditional* `keep`."""
+    return applied(who, source, prompt, kind, keep_unconditional=True)
+
+
+def applied(who: object, source: object, prompt: list, kind: str, **seen: bool) -> object:
+    """The MODEL with one source, read with this prompt at every step."""
     from bench import parsing
-    from pack.nodes import host
+    from pack.nodes.host import applied as host_applied
+    from pack.nodes.host import patch as host_patch
+    from pack.nodes.host import source as host_source
 
     mask = parsing(0, 1, SIZE[0] * 8, SIZE[1] * 8)
     omega = (1.0 if "attn" in kind else 0.0,) * 7
+    read = host_source.read_source(who, source, mask, prompt, levels=1, anew=True)
     style = 1.0 if "adain" in kind else 0.0
-    for number, prompt in enumerate(prompts if fidelity == 0 else prompts[:1]):
-        read = host.read_source(who, source, mask, prompt, levels=1, anew=True)
-        who = host.with_hpfa(who, host.AppliedSource(read, omega, style=style, only_unconditional=number == 1))
-    return who
+    return host_patch.with_hpfa(who, host_applied.AppliedSource(read, omega, style=style, **seen))
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ def reduce(config: SimpleNamespace) -> None:
 
 
 def ours(work: Path) -> list[Row]:
-    from truepose_core.models.cfld import CFLDPipeline, CFLDSource, load_cfld
-    from truepose_core.models.cfld_encoder import pose_maps
+    from truepose_core.models.cfld.encoder import pose_maps
+    from truepose_core.models.cfld.model import CFLDSource, load_cfld
+    from truepose_core.pipeline.cfld import CFLDPipeline
 
     out = common.convert([work / f"{name}.bin" for name in (ENCODERS, UNET)], work / "cfld.safetensors")
     run, model = common.load(work, "run"), load_cfld(out, work / "vae")
@@ -130,7 +131,7 @@ def ours(work: Path) -> list[Row]:
     pipe.set_progress_bar_config(disable=True)
     watched = Watched(pipe.scheduler)
     # Both sides read the original's drawing of the pose; ours is compared in a row of its own.
-    with patch("truepose_core.models.cfld.pose_maps", lambda body, side: run["maps"]):
+    with patch("truepose_core.models.cfld.model.pose_maps", lambda body, side: run["maps"]):
         pipe(
             CFLDSource(condition, PICTURE),
             run["body"],

@@ -261,9 +261,9 @@ def step_rows(watched: Watched, run: Mapping[str, object], name: str = "") -> li
 
 def print_keys(models: Sequence[Mapping[str, object]]) -> bool:
     """How the original's own names and shapes at full size convert: whether nothing is missing or unexplained."""
-    from truepose_core.models.importing import FAMILIES
-    from truepose_core.models.importing.convert import expected_shapes
-    from truepose_core.models.importing.plan import TensorInfo
+    from truepose_core.importing.convert import expected_shapes
+    from truepose_core.importing.families import FAMILIES
+    from truepose_core.weights.reading import TensorInfo
 
     print("\n| weights at full size | tensors | taken | ignored | missing | unexplained | other shape |")
     print("|---|---|---|---|---|---|---|")

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from truepose_core.attention.hpfa import SHUT
-from truepose_core.body.lift import FEWEST, lift, rotation_of_six, six_of_rotation
+from truepose_core.body.lift import FEWEST, lift_each, rotation_of_six, six_of_rotation
 from truepose_core.body.pose import JOINTS, SHAPE, BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.framing import Frame
+from truepose_core.framing.frame import Frame
 from truepose_core.mannequin.body import axis_angle_to_matrix, forward_kinematics, rest_joints
 
 PLACE_REACH, DEPTH_REACH, SHAPE_REACH, CAMERA_REACH = 1.0, 0.5, 5.0, 4.0
@@ -337,13 +337,13 @@ def target_bodies(
         return given.repeat(count // len(given))
     # A source of whom next to nothing is seen says nothing of its shape.
     if source is None and source_keypoints is not None and is_liftable(source_keypoints):
-        source = lift(source_keypoints, aspect).bodies
+        source = lift_each(source_keypoints, aspect)
     if source is None:
-        return lift(keypoints, aspect).bodies
+        return lift_each(keypoints, aspect)
     if count % len(source):
         raise TruePoseError(f"there are {len(source)} source bodies and {count} target poses; expected a divisor")
     shape = source.beta.to(keypoints).repeat_interleave(count // len(source), 0)
-    return lift(keypoints, aspect, shape=shape).bodies
+    return lift_each(keypoints, aspect, shape)
 
 
 def is_liftable(keypoints: Tensor) -> bool:

@@ -77,7 +77,8 @@ def pose_distance(a: Tensor, b: Tensor) -> Tensor:
 def load_field(path: str | Path | None = None) -> PoseField:
     """A field that `truepose train --row field` wrote; None for the one that ships, which knows the mannequin world.
     Raises TruePoseError for a file that is none."""
-    from truepose_core.models.store import bundled_path, load_small
+    from truepose_core.weights.small import load_small
+    from truepose_core.weights.strict import bundled_path
 
     return load_small(path or bundled_path("field"), KIND, PoseField)
 

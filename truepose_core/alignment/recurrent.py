@@ -26,9 +26,8 @@ from torch.nn.functional import (
     silu,
 )
 
-from truepose_core.alignment.skeleton_prior import body_coordinates, region_colors
 from truepose_core.body.carry import Correspondence, carried_parsing, correspond
-from truepose_core.body.lift import keypoints_of, lift
+from truepose_core.body.lift import keypoints_of, lift_each
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import MIRRORS, BodyMaps, BodyModel, GenericBody
 from truepose_core.errors import TruePoseError
@@ -40,6 +39,8 @@ from truepose_core.mannequin.body import (
     rest_joints,
 )
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import region_colors
+from truepose_core.pose.limbs import body_coordinates
 from truepose_core.regions import Region
 
 CANDIDATES = tuple(MIRRORS)
@@ -410,13 +411,19 @@ WORKING_HEIGHT = 128
 
 @dataclass(frozen=True, eq=False)
 class AlignedPerson:
-    """What `align_person` gives: picture [B, 3, H, W] in [0, 1], seen [B, 1, H, W], parsing of the target, bodies."""
+    """What `align_person` gives: picture [B, 3, H, W] in [0, 1], seen [B, 1, H, W], parsing of the target, bodies.
+
+    grid: where each place of the target was looked up in the source [B, h, w, 2] in [-1, 1], and own: how much of it is
+    the source's surface there, without look-alikes [B, 1, h, w], both at the size that the network works at; None where
+    they were not kept."""
 
     picture: Tensor
     seen: Tensor
     parsing: HumanParsing
     source: BodyPose
     target: BodyPose
+    grid: Tensor | None = None
+    own: Tensor | None = None
 
 
 @torch.no_grad()
@@ -427,16 +434,23 @@ def align_person(
     target_body: Tensor,
     size: tuple[int, int] | None = None,
     *,
+    source: BodyPose | None = None,
+    target: BodyPose | None = None,
     steps: int | None = None,
     net: AlignNet | None = None,
 ) -> AlignedPerson:
-    """A source picture aligned to target poses, from keypoints alone.
+    """A source picture aligned to target poses, from keypoints alone or with bodies that are known.
 
     image [S, 3, h, w] in [0, 1] with its parsing, source_body [S, 18, 3]: the sources. target_body: [B, 18, 3] on the
     target pictures, B a multiple of S, B / S in a row each. size: (height, width) of the result, by default the
-    source's. steps: K; None is what measured best. Raises TruePoseError for counts that do not fit, and as `lift`.
+    source's. source, target: the bodies [S] and [B], where they are known; else they are lifted from the keypoints.
+    steps: K; None is what measured best. Raises TruePoseError for counts that do not fit, and as `lift`.
     """
     sources, count = image.shape[0], target_body.shape[0]
+    known = {"source": (source, sources), "target": (target, count)}
+    for name, (bodies, wanted) in known.items():
+        if bodies is not None and len(bodies) != wanted:
+            raise TruePoseError(f"there are {len(bodies)} {name} bodies; expected {wanted}, one for each {name} pose")
     if parsing.batch != sources or len(source_body) != sources or count % sources:
         raise TruePoseError(
             f"there are {sources} pictures, {parsing.batch} parsings, {len(source_body)} source poses and {count} "
@@ -445,28 +459,47 @@ def align_person(
         )
     height, width = image.shape[-2:]
     size = (height, width) if size is None else size
-    net = align_net() if net is None else net
-    first = lift(source_body, width / height).bodies.repeat(count // sources)
-    second = lift(target_body, size[1] / size[0], shape=first.beta).bodies
+    first = lift_each(source_body, width / height) if source is None else source
+    first = first.repeat(count // sources)
+    second = lift_each(target_body, size[1] / size[0], first.beta) if target is None else target
     picture = image.repeat_interleave(count // sources, 0)
     regions = HumanParsing(parsing.masks.repeat_interleave(count // sources, 0))
+    return align_bodies(picture, regions, first, second, target_body, size, steps=steps, net=net)
+
+
+@torch.no_grad()
+def align_bodies(
+    image: Tensor,
+    parsing: HumanParsing,
+    source: BodyPose,
+    target: BodyPose,
+    target_body: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    steps: int | None = None,
+    net: AlignNet | None = None,
+) -> AlignedPerson:
+    """`align_person` for B pairs of which the bodies are known. image: [B, 3, h, w]; target_body: [B, 18, 3]."""
+    shape = (image.shape[-2], image.shape[-1])
+    size = shape if size is None else size
+    net = align_net() if net is None else net
     # The network sees both pictures on one canvas of its own height; shapes may differ by the bodies' cameras alone.
-    small = [_working_size(*shape) for shape in ((height, width), size)]
-    little = HumanParsing(_area(regions.masks, small[0]))
-    maps = GenericBody().render(first, *small[0])
+    small = [_working_size(*sides) for sides in (shape, size)]
     result = align(
         net,
-        _area(picture, small[0]),
-        little,
-        first,
-        second,
+        _area(image, small[0]),
+        HumanParsing(_area(parsing.masks, small[0])),
+        source,
+        target,
         target_body,
         1 if steps is None else steps,
-        source_maps=maps,
         size=small[1],
     )[-1]
-    made, seen, found = enlarge(result, picture, regions, first, second, size)
-    return AlignedPerson(made, seen, found, first, second)
+    if small == [shape, size]:
+        made, seen, found = result.picture.clamp(0, 1), result.seen, result.parsing
+    else:
+        made, seen, found = enlarge(result, image, parsing, source, target, size)
+    return AlignedPerson(made, seen, found, source, target, result.looked_up, result.weights[:, :1])
 
 
 def _working_size(height: int, width: int) -> tuple[int, int]:
@@ -474,6 +507,8 @@ def _working_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _area(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if x.shape[-2:] == size:
+        return x
     small = interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     return small / small.sum(1, keepdim=True).clamp(min=1e-6) if x.shape[1] == REGIONS else small
 
@@ -489,7 +524,8 @@ def body_points(body: BodyPose, aspect: float) -> Tensor:
 def align_net(path: str | None = None) -> AlignNet:
     """The alignment network that ships (or a file of `truepose train --row alignment`), float32. Raises TruePoseError
     when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import bundled_path, load_small
+    from truepose_core.weights.small import load_small
+    from truepose_core.weights.strict import bundled_path
 
     where = bundled_path("alignment") if path is None else path
     return load_small(where, "alignment", lambda **sizes: AlignNet(AlignConfig(**sizes)))

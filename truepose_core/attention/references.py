@@ -24,14 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, one_hot, pad
 
-from truepose_core.attention.hpfa import (
-    REGIONS,
-    SourceTokens,
-    augment,
-    gather_tokens,
-    kept_tokens,
-    match_channels,
-)
+from truepose_core.attention.hpfa import REGIONS, SourceTokens, augment, gather_tokens, kept_tokens, match_channels
 from truepose_core.errors import TruePoseError
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.evaluation.sheet import labelled_sheet
+from truepose_core.pictures.sheet import labelled_sheet
 from truepose_core.regions import REGION_COLORS, REGION_NAMES
 
 WHOLE = "everywhere"
@@ -194,7 +194,7 @@ def figure(image: Tensor, looks: Mapping[str, Look], target_regions: Tensor | No
         columns |= {f"from {REGION_NAMES[r]}": 1 + r for r in shown}
     if first.heat.shape[0] != (1 if target_regions is None else 1 + len(REGION_NAMES)):
         raise TruePoseError(f"a look holds {first.heat.shape[0]} groups; expected all places, and one for each region")
-    # Small pictures (the bundled model's are 48 x 64) get room for their labels.
+    # Small pictures (the bundled model's are 96 x 128) get room for their labels.
     grow = max(1, -(-224 // image.shape[1]), -(-120 // image.shape[2]))
     image = image.repeat_interleave(grow, 1).repeat_interleave(grow, 2)
     pictures = {"source": torch.stack([image] * len(looks))}

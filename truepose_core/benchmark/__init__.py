@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from truepose_core.errors import TruePoseError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `truepose benchmark`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument(
         "--quick", action="store_true", help="one repeat, fewer heads and shapes: rough times in under a minute"
@@ -49,12 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--body", action="store_true", help="seconds to lift, fit, render and carry one person, instead"
     )
     parser.add_argument(
-        "--repeats", type=int, metavar="N", help="how often each thing is timed (default: 3 on a CPU, 10 on a GPU)"
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="how often each thing is timed, at least once (default: 3 on a CPU, 10 on a GPU)",
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the tables, and write `args.json` if given. Returns what is in the file.
+def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure, say the tables, and write `args.report` if given. Returns what is in the file.
 
     Raises TruePoseError, before any work, for a file that cannot be written, an unknown or missing device, fewer
     than one repeat, or a ComfyUI that is not there.
@@ -64,11 +68,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from truepose_core.benchmark.measure import measure
     from truepose_core.benchmark.report import tables
     from truepose_core.benchmark.shapes import NETS
-    from truepose_core.images import atomic_write, check_output
+    from truepose_core.pictures.files import atomic_write, check_output
 
     overwrite = getattr(args, "overwrite", False)
-    if args.json is not None:
-        check_output(args.json, overwrite, (".json",))
+    if args.report is not None:
+        check_output(args.report, overwrite, (".json",))
     if args.host is not None and args.editors is not None:
         raise TruePoseError("--host and --editors are two measurements; choose one")
     if args.body and (args.host is not None or args.editors is not None):
@@ -81,16 +85,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise TruePoseError(f"--repeats is {args.repeats}; expected at least 1")
     if args.body:
         result = measure_body(args.device, args.repeats)
-        print(body_table(result))
+        say(body_table(result))
     elif args.host is not None or args.editors is not None:
         editors = args.editors is not None
         host = choose_host(args.editors if editors else args.host)
         what = "editors" if editors else "steps"
         result = measure_host(host, quick=args.quick, device=args.device, repeats=args.repeats, what=what)
-        print(editor_tables(result) if editors else host_tables(result))
+        say(editor_tables(result) if editors else host_tables(result))
     else:
-        result = measure(NETS, quick=args.quick, device=args.device, repeats=args.repeats)
-        print(tables(result))
-    if args.json is not None:
-        atomic_write(args.json, json.dumps(result, indent=2) + "\n", overwrite)
+        result = measure(
+            NETS,
+            quick=args.quick,
+            device=args.device,
+            repeats=args.repeats,
+            quiet=getattr(args, "quiet", False),
+        )
+        say(tables(result))
+    if args.report is not None:
+        atomic_write(args.report, json.dumps(result, indent=2) + "\n", overwrite)
     return result

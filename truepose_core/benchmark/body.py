@@ -22,7 +22,7 @@ def measure_body(device: str = "auto", repeats: int | None = None) -> dict[str, 
     from truepose_core.body.carry import carry
     from truepose_core.body.lift import lift, lift_net
     from truepose_core.body.render import GenericBody
-    from truepose_core.evaluation.split import split_pairs
+    from truepose_core.mannequin.split import split_pairs
 
     where = choose_device(device)
     threads = torch.get_num_threads()

@@ -15,7 +15,7 @@ from truepose_core.benchmark.report import markdown
 from truepose_core.errors import TruePoseError
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path("nodes") / "host_benchmark.py"
+SCRIPT = Path("nodes") / "host" / "benchmark" / "run.py"
 
 DEFINITIONS = """\
 One guided step: a positive and a negative row, through the host's own guider and attention, on random weights.

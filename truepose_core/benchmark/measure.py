@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from truepose_core.benchmark.count import (
-    StepCount,
-    added_by_caa,
-    added_by_hpfa,
-    added_by_projection,
-    count_step,
-)
-from truepose_core.benchmark.memory import cpu_peaks, cuda_peak, passed_bytes
-from truepose_core.benchmark.parts import (
+from truepose_core.benchmark.calls import (
     Work,
     attention_work,
     caa_work,
@@ -31,6 +23,8 @@ from truepose_core.benchmark.parts import (
     some_heads,
     whole_work,
 )
+from truepose_core.benchmark.count import StepCount, added_by_caa, added_by_hpfa, added_by_projection, count_step
+from truepose_core.benchmark.memory import cpu_peaks, cuda_peak, passed_bytes
 from truepose_core.benchmark.shapes import CHANNELS, SHARES, Net, Site
 from truepose_core.benchmark.timing import CpuClock, CudaClock, interleaved
 from truepose_core.errors import TruePoseError
@@ -43,9 +37,15 @@ QUICK_BUDGET = 3e9
 
 
 def measure(
-    nets: Sequence[Net], *, quick: bool = False, device: str = "auto", repeats: int | None = None
+    nets: Sequence[Net],
+    *,
+    quick: bool = False,
+    device: str = "auto",
+    repeats: int | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Everything that `truepose benchmark` tells about these UNets. Shows a progress bar on stderr.
+    """Everything that `truepose benchmark` tells about these UNets. Shows a progress bar on stderr,
+    unless quiet.
 
     Raises TruePoseError for an unknown or missing device, or fewer than one repeat.
     """
@@ -64,17 +64,17 @@ def measure(
             # CPU time counts threads that wait for each other; one thread has nobody to wait for.
             torch.set_num_threads(1)
         for net in nets:
-            _measure_net(net, quick, where, dtype, repeats, result)
+            _measure_net(net, quick, where, dtype, repeats, result, quiet)
     finally:
         torch.set_num_threads(threads)
     return result
 
 
 def _measure_net(
-    net: Net, quick: bool, device: torch.device, dtype: torch.dtype, repeats: int, result: dict[str, Any]
+    net: Net, quick: bool, device: torch.device, dtype: torch.dtype, repeats: int, result: dict[str, Any], quiet: bool
 ) -> None:
     name = {"model": net.model, "size": net.size}
-    with tqdm(total=1, desc=f"{net.model} {net.size}: counting", file=sys.stderr) as bar:
+    with tqdm(total=1, desc=f"{net.model} {net.size}: counting", file=sys.stderr, disable=quiet) as bar:
         step = count_step(net)
         bar.update()
     on_gpu = device.type == "cuda"
@@ -91,7 +91,7 @@ def _measure_net(
     else:
         work |= rest_work(step.parts, device, dtype)
         work |= attention_work(step.sites, SHARES, TIMED_CHANNELS, device, dtype, budget)
-    with tqdm(total=len(work) * repeats, desc=f"{net.model} {net.size}: timing", file=sys.stderr) as bar:
+    with tqdm(total=len(work) * repeats, desc=f"{net.model} {net.size}: timing", file=sys.stderr, disable=quiet) as bar:
         clock = CudaClock(device) if on_gpu else CpuClock()
         seconds = interleaved(work, repeats, clock, bar.update)
     del work
@@ -141,7 +141,7 @@ def _measure_net(
                 "counted_source_net_every_step": counts[0] + projection + 1,
             }
         )
-    result["attention"] += _attention_rows(name, largest, compared, seconds, small, device, dtype)
+    result["attention"] += _attention_rows(name, largest, compared, seconds, small, device, dtype, quiet)
     result["caa"].append(_caa_row(name, step, context, plain, added("caa"), added("query")))
 
 
@@ -153,11 +153,12 @@ def _attention_rows(
     budget: float | None,
     device: torch.device,
     dtype: torch.dtype,
+    quiet: bool,
 ) -> list[dict[str, Any]]:
     """Augmented against masked at one site; times and bytes are those of all its heads."""
     part = some_heads(site, budget)
     cases = [(part, part.kept(share), how) for share in shares for how in ("augmented", "masked")]
-    with tqdm(total=1, desc=f"{name['model']} {name['size']}: memory", file=sys.stderr) as bar:
+    with tqdm(total=1, desc=f"{name['model']} {name['size']}: memory", file=sys.stderr, disable=quiet) as bar:
         on_gpu = device.type == "cuda"
         peaks = [cuda_peak(*case, device, dtype) for case in cases] if on_gpu else cpu_peaks(cases)
         bar.update()

@@ -323,9 +323,19 @@ def lift(
     return Lifted(bodies[0], tuple(bodies[1:]), doubt, error[:, 0])
 
 
+def lift_each(body: Tensor, aspect: float, shape: Tensor | None = None) -> BodyPose:
+    """The likeliest body of each person, as `lift` gives it, one at a time: sums over a batch end in other digits than
+    sums over one, and a pixel at the edge of a body would tell who else was in the batch. Raises what `lift` raises."""
+    if body.ndim != 3 or not len(body) or (shape is not None and shape.shape[:1] != body.shape[:1]):
+        return lift(body, aspect, shape=shape).bodies  # which says what is wrong
+    shapes = [None] * len(body) if shape is None else shape.split(1)
+    found = [lift(one, aspect, shape=known).bodies for one, known in zip(body.split(1), shapes, strict=True)]
+    return BodyPose(*(torch.cat([getattr(x, name) for x in found]) for name in ("theta", "beta", "camera")))
+
+
 def net_path() -> Path:
     """The lifting network that ships with the package."""
-    from truepose_core.models.store import bundled_path
+    from truepose_core.weights.strict import bundled_path
 
     return bundled_path("lift")
 
@@ -334,6 +344,6 @@ def net_path() -> Path:
 def lift_net(path: str | None = None) -> LiftNet:
     """The lifting network (the one that ships, or a file of `truepose train --row lift`), in float32. Raises
     TruePoseError when the file is missing, damaged or of another kind."""
-    from truepose_core.models.store import load_small
+    from truepose_core.weights.small import load_small
 
     return load_small(path or net_path(), "lift", LiftNet)

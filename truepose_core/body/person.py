@@ -3,7 +3,6 @@ command line both call `carry_person`, so both give the same picture."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from truepose_core.alignment import skeleton_prior
 from truepose_core.body.carry import carry
 from truepose_core.body.lift import (
     FEWEST,
@@ -30,14 +28,14 @@ from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyMaps, BodyModel, GenericBody, Girth, fit_girth
 from truepose_core.body.smpl import SmplModel
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import check_shape
 from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle, project, rest_joints
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing import carry as skeleton_prior
 from truepose_core.regions import Region
 
 BODY, SKELETON = "body", "skeleton"
 METHODS = (BODY, SKELETON)
-_SLACK = 0.02
-"""How much the aspect ratio of a body's canvas may differ from its picture's: rounding of a resize."""
 _GIRTH_SIDE = 128
 """Silhouettes are compared at this height, in pixels."""
 _CHUNK = 2**22
@@ -269,12 +267,7 @@ def carry_person(
 
 def check_canvas(body: PosedBody, size: tuple[int, int], what: str) -> None:
     """Raise TruePoseError unless a body's canvas has the shape of a picture of `size` (width, height)."""
-    width, height = body.canvas
-    if abs(math.log((width / height) / (size[0] / size[1]))) > _SLACK:
-        raise TruePoseError(
-            f"{what} is on a canvas of {width}x{height} and the picture is {size[0]}x{size[1]} (width x height); "
-            "expected one of the same shape"
-        )
+    check_shape(what, body.canvas[::-1], "the picture", size[::-1])
 
 
 def _by_body(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from truepose_core.body.carry import carried_parsing, correspond
-from truepose_core.body.lift import FEWEST, lift
+from truepose_core.body.lift import FEWEST, lift_each
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyModel, GenericBody, surface_tokens
 from truepose_core.parsing import HumanParsing
@@ -43,15 +43,20 @@ class SurfacePlaces:
     aspect: float
     given: BodyPose | None = None
     model: BodyModel = field(default_factory=GenericBody)
+    # The last rendering: grids of several sizes are often taken from the same one.
+    _last: list = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def bodies(self) -> BodyPose:
         """The source people, one each."""
-        return lift(self.body.float().cpu(), self.aspect).bodies if self.given is None else self.given
+        return lift_each(self.body.float().cpu(), self.aspect) if self.given is None else self.given
 
     @classmethod
-    def of_keypoints(cls, body: Tensor, aspect: float) -> SurfacePlaces | None:
-        """Of keypoints [S, 18, 3]. None, said in the log, where a person shows too few of them."""
+    def of_keypoints(cls, body: Tensor, aspect: float, given: BodyPose | None = None) -> SurfacePlaces | None:
+        """Of keypoints [S, 18, 3]. given: their bodies, where they are known. None, said in the log, where a person
+        shows too few of them."""
+        if given is not None:
+            return cls(body, aspect, given)
         return cls(body, aspect) if _shows_enough(body, "the source", "places are taken from the skeleton") else None
 
     def target(self, body: Tensor, aspect: float) -> BodyPose | None:
@@ -61,7 +66,7 @@ class SurfacePlaces:
             return None
         shape = self.bodies.beta
         shape = shape.repeat_interleave(max(1, len(body) // len(shape)), 0)[: len(body)]
-        return lift(body.float().cpu(), aspect, shape=shape).bodies
+        return lift_each(body.float().cpu(), aspect, shape)
 
     def repeated(self, times: int) -> SurfacePlaces:
         """Each person `times` times, in a row."""
@@ -74,7 +79,9 @@ class SurfacePlaces:
         size = _render_size(height, width)
         # The tracer's pixels are square; a grid whose cells are not is drawn at the picture's own shape.
         square = (size[0], max(8, round(size[0] * aspect)))
-        return in_torsos(surface_tokens(self.model.render(bodies, *square), height, width))
+        if not self._last or self._last[0] is not bodies or self._last[1].size != square:
+            self._last[:] = bodies, self.model.render(bodies, *square)
+        return in_torsos(surface_tokens(self._last[1], height, width))
 
     def carry_parsing(self, parsing: HumanParsing, targets: BodyPose, size: tuple[int, int]) -> HumanParsing:
         """The sources' regions on the target bodies [T], T a multiple of S: P [T, 7, height, width]."""
@@ -98,9 +105,10 @@ def _shows_enough(body: Tensor, whose: str, instead: str) -> bool:
     return fewest >= FEWEST
 
 
-def places_of(match: str, body: Tensor | None, aspect: float) -> SurfacePlaces | None:
-    """What a model that goes by `match` ("skeleton" or "surface") needs to know of its sources' keypoints."""
-    return None if body is None or match != "surface" else SurfacePlaces.of_keypoints(body, aspect)
+def places_of(match: str, body: Tensor | None, aspect: float, given: BodyPose | None = None) -> SurfacePlaces | None:
+    """What a model that goes by `match` ("skeleton" or "surface") needs to know of its sources' keypoints, or of their
+    bodies where they are given."""
+    return None if body is None or match != "surface" else SurfacePlaces.of_keypoints(body, aspect, given)
 
 
 def in_torsos(tokens: Tensor) -> Tensor:

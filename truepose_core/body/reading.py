@@ -26,9 +26,9 @@ from truepose_core.body.arrays import read_npz
 from truepose_core.body.mhr import KEYPOINTS, smpl_pose_of_keypoints
 from truepose_core.body.pose import JOINTS, SHAPE, BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.images import atomic_write, check_output
+from truepose_core.json_text import read_json
 from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
-from truepose_core.pose import read_json
+from truepose_core.pictures.files import atomic_write, check_output
 
 _log = logging.getLogger(__name__)
 

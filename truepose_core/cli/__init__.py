@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from truepose_core import __version__
 from truepose_core.cli import benchmark, carry, convert, demo, evaluate, inspect, models, train, transfer
-from truepose_core.cli.console import Console, Parser
+from truepose_core.cli.console import Console, HelpFormatter, Parser
 from truepose_core.errors import TruePoseError
 
 COMMANDS = {
@@ -42,8 +42,10 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         prog="truepose",
         description="The same person, the same clothes, another pose.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
+    if command in COMMANDS:
+        parser.help_of = f"truepose {command}"
     parser.add_argument("--version", action="version", version=f"truepose {__version__}")
     choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, module in COMMANDS.items():
@@ -52,7 +54,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.DESCRIPTION,
             epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         if name == command:
             module.add_arguments(sub)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         args = build_parser(command).parse_args(argv)
-        with Console(json_on_stdout=getattr(args, "json", None) is True) as console:
+        with Console(json_on_stdout=args.json, quiet=args.quiet) as console:
             COMMANDS[args.command].run(args, console)
         return 0
     except TruePoseError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from truepose_core.cli.console import Console
+from truepose_core.cli.console import Console, add_report_arguments
 
 HELP = "what HPFA costs beside the plain network, counted and timed"
 DESCRIPTION = """\
@@ -18,10 +18,10 @@ With --editors: forwards of FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit with refe
 EPILOG = """\
 examples:
   truepose benchmark --quick
-  truepose benchmark --json benchmark.json
+  truepose benchmark --report benchmark.json
   truepose benchmark --host ~/ComfyUI
   truepose benchmark --editors ~/ComfyUI
-  truepose benchmark --device cuda --repeats 20 --json benchmark.json --overwrite
+  truepose benchmark --device cuda --repeats 20 --report benchmark.json --overwrite
 """
 
 
@@ -30,13 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from truepose_core import benchmark
 
     benchmark.add_arguments(parser)
+    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure, print and write."""
     from truepose_core import benchmark
 
-    result = benchmark.run(args)
-    if args.json is not None:
-        console.say(f"wrote {args.json}")
+    console.doing("getting ready to measure")
+    result = benchmark.run(args, say=console.say)
+    if args.report is not None:
+        console.say(f"wrote {args.report}")
+    console.report(result)
     return result

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truepose_core.cli.bodies import add_body_arguments, check_body_options, load_smpl, read_posed
-from truepose_core.cli.conditions import PoseMaps
-from truepose_core.cli.console import Console, choose_device, make_folder, picture_size, whole
-from truepose_core.cli.photo import (
+from truepose_core.cli.console import (
+    Console,
+    add_report_arguments,
+    choose_device,
+    make_folder,
+    picture_size,
+    whole,
+    write_outputs,
+)
+from truepose_core.cli.transfer.bodies import add_body_arguments, check_body_options, load_smpl, read_posed
+from truepose_core.cli.transfer.command import output_size
+from truepose_core.cli.transfer.inputs import Target, output_paths, read_targets
+from truepose_core.cli.transfer.maps import PoseMaps
+from truepose_core.cli.transfer.person import (
     AUTO,
     Networks,
     PersonPhoto,
@@ -23,8 +34,6 @@ from truepose_core.cli.photo import (
     tell_cut,
     told_where,
 )
-from truepose_core.cli.targets import Target, output_paths, read_targets
-from truepose_core.cli.transfer import output_size
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
@@ -144,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=picture_size, metavar="WxH", help="size of the pictures in pixels (default: SOURCE's)"
     )
     output.add_argument("--overwrite", action="store_true", help="replace output files that exist")
-    output.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    add_report_arguments(output)
     # What the shared readers ask for, and this command has not got.
     parser.set_defaults(paste_back=None, canvas=None)
 
@@ -219,7 +228,7 @@ def _on_photo(body: PosedBody, args: argparse.Namespace, size: tuple[int, int]) 
 
 
 def _sizes(frame: str | tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    from truepose_core.framing import BUCKETS
+    from truepose_core.framing.crop import BUCKETS
 
     return BUCKETS["SD1.5"] if frame == AUTO else (frame[::-1],)
 
@@ -249,9 +258,11 @@ def _paths(args: argparse.Namespace, targets: list[Target]) -> dict[str, list[Pa
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Read and check everything, then carry, then write. Returns the report that --json prints."""
     started = time.perf_counter()
+    console.doing(f"reading {args.source}")
     device = choose_device(args.device)
     given = prepare(args, console)
     ready = time.perf_counter()
+    console.doing(f"carrying to {len(given.targets)} poses")
     results = carry_all(given, device, method=args.method, mirror=args.mirror, girth=not args.no_girth)
     carried = time.perf_counter()
     _write(results, given.paths, args.overwrite)
@@ -331,14 +342,20 @@ def shown(result: CarriedPerson) -> float:
 
 
 def _write(results: list[CarriedPerson], paths: dict[str, list[Path]], overwrite: bool) -> None:
-    from truepose_core.images import save_image
     from truepose_core.parsing import HumanParsing
+    from truepose_core.pictures.files import save_image
 
-    for kind, files in paths.items():
+    def writing(result: CarriedPerson, kind: str) -> Callable[[Path], Path]:
+        picture = getattr(result, kind)
+        if kind == "parsing":
+            picture = HumanParsing.from_labels(picture.labels()).preview()
+        return lambda path: save_image(picture, path, overwrite)
+
+    for files in paths.values():
         if len(files) > 1:
             make_folder(files[0].parent)
-        for result, path in zip(results, files, strict=True):
-            picture = getattr(result, kind)
-            if kind == "parsing":
-                picture = HumanParsing.from_labels(picture.labels()).preview()
-            save_image(picture, path, overwrite)
+    write_outputs(
+        (path, writing(result, kind))
+        for kind, files in paths.items()
+        for result, path in zip(results, files, strict=True)
+    )

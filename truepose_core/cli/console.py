@@ -21,24 +21,42 @@ if TYPE_CHECKING:
 MEBI = 2**20
 MAX_SIDE = 4096
 """The largest side of a picture to make, in pixels."""
+MIN_SIDE = 16
+"""The smallest, that of `images`."""
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like every other error of the command."""
+    """A parser whose complaints are one line, like every other error of the command.
+
+    help_of: whose help they point at; the parser's own by default.
+    """
+
+    help_of: str | None = None
 
     def error(self, message: str) -> NoReturn:
-        raise TruePoseError(f"{message}; see {self.prog} --help")
+        raise TruePoseError(f"{message}; see {self.help_of or self.prog} --help")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that says the range of every option whose type has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, told = action.help, getattr(action.type, "range", None)
+        if not text or told is None:
+            return text
+        before, default, after = text.rpartition("(default")
+        return f"{before}({told}; default{after}" if default else f"{text} ({told})"
 
 
 class Console(AbstractContextManager["Console"]):
     """Text for people goes to stdout, notes and progress to stderr; with `--json`, stdout holds one JSON object only.
 
-    Warnings that the library logs (a pose without canvas size, ...) become notes.
+    Warnings that the library logs (a pose without canvas size, ...) become notes. quiet: no progress.
     """
 
-    def __init__(self, json_on_stdout: bool = False):
-        self.json_on_stdout = json_on_stdout
+    def __init__(self, json_on_stdout: bool = False, quiet: bool = False):
+        self.json_on_stdout, self.quiet = json_on_stdout, quiet
         self.notes: list[str] = []
         self._handler = _NoteHandler(self)
         self._logger = logging.getLogger("truepose_core")
@@ -58,6 +76,11 @@ class Console(AbstractContextManager["Console"]):
         """A line for people."""
         if not self.json_on_stdout:
             print(text, flush=True)
+
+    def doing(self, text: str) -> None:
+        """What takes a while now, said before it starts."""
+        if not self.quiet:
+            print(f"{text} ...", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Something to know that is no error. Each is said once."""
@@ -108,6 +131,7 @@ def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}{upper}")
         return value
 
+    parse.range = f"{low} to {high}" if high < 2**63 - 1 else f"{low} or more"
     return parse
 
 
@@ -124,6 +148,7 @@ def number(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of {low:g}{upper}")
         return value
 
+    parse.range = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
     return parse
 
 
@@ -135,10 +160,11 @@ def height_by_width(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+height_by_width.range = "16 to 1024 a side"
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """An argparse type: WxH in pixels -> (width, height)."""
-    from truepose_core.images import MIN_SIDE
-
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 512x768")
@@ -148,12 +174,34 @@ def picture_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+picture_size.range = f"{MIN_SIDE} to {MAX_SIDE} a side"
+
+
+def add_report_arguments(parser: argparse._ActionsContainer) -> None:
+    """--json and --quiet, which mean the same in every command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr; notes and errors stay")
+
+
+def write_outputs(outputs: Iterable[tuple[Path, Callable[[Path], object]]]) -> None:
+    """Write one file after the other. outputs: (path, what writes it there). Raises TruePoseError for the first that
+    cannot be written, which also says what is written."""
+    written: list[Path] = []
+    for path, write in outputs:
+        try:
+            write(path)
+        except TruePoseError as error:
+            names = ", ".join(map(str, written[:8])) + (f" and {len(written) - 8} more" if len(written) > 8 else "")
+            raise TruePoseError(f"{error}; written so far: {names or 'nothing'}") from error
+        written.append(path)
+
+
 def check_folder(folder: str | Path, names: Iterable[str], overwrite: bool) -> list[Path]:
     """Check, before any work, that these files can be written in the folder, which need not exist yet.
 
     Returns their paths and makes nothing. Raises TruePoseError as `images.check_output`.
     """
-    from truepose_core.images import check_output
+    from truepose_core.pictures.files import check_output
 
     folder = Path(folder)
     paths = [folder / name for name in names]
@@ -180,7 +228,7 @@ def check_file(path: str | Path, overwrite: bool, suffixes: tuple[str, ...] | No
 
 
 def _told_about_overwrite(path: Path, overwrite: bool, suffixes: tuple[str, ...] | None = None) -> Path:
-    from truepose_core.images import check_output
+    from truepose_core.pictures.files import check_output
 
     if not overwrite and path.is_file():
         raise TruePoseError(f"output {path} exists already and is kept; choose another path, or add --overwrite")

@@ -6,11 +6,11 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from truepose_core.cli.console import MEBI, Console, check_file
+from truepose_core.cli.console import MEBI, Console, add_report_arguments, check_file
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
-    from truepose_core.models.importing.convert import Found
+    from truepose_core.importing.convert import Found
 
 HELP = "make one model file of another system's downloaded weights"
 DESCRIPTION = """\
@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number format to write; auto keeps the files' own (default: auto)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
     from tqdm.auto import tqdm
 
-    from truepose_core.models.importing.convert import convert
+    from truepose_core.importing.convert import convert
 
     out = check_file(args.out, args.overwrite, (".safetensors",))
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)

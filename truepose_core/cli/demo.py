@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from truepose_core.cli.console import (
     Console,
     add_device_arguments,
+    add_report_arguments,
     check_folder,
     make_folder,
     memory_text,
     peak_memory,
     to_json,
     whole,
+    write_outputs,
 )
 from truepose_core.cli.opening import Opened, add_model_argument, memory_errors, open_model, progress
 from truepose_core.errors import TruePoseError
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 HELP = "a picture of what the bundled model does, in under a minute on a CPU"
 DESCRIPTION = """\
 Show four mannequins, which no network has seen, in two new poses each. No download, no GPU. "aligned" is the source
-carried along a lifted body and corrected by recurrent alignment; "sampled" is the small diffusion model.
+carried along a lifted body and corrected by recurrent alignment; "sampled" is the bundled diffusion model on top of
+that.
 
 Writes DIR/demo.png (source | skeleton | aligned | sampled | truth), DIR/demo.json (how close each result is, and how
 long it took), and DIR/inputs with a picture, its parsing and poses to try `truepose transfer` with.
@@ -71,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `truepose demo`."""
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if need be")
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
-    parser.add_argument("--steps", type=whole(1, 1000), default=12, metavar="N", help="sampling steps (default: 12)")
+    parser.add_argument("--steps", type=whole(1, 1000), default=1, metavar="N", help="sampling steps (default: 1)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="fixes the pictures (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print what demo.json holds on stdout instead of text")
+    add_report_arguments(parser)
     add_model_argument(parser)
     add_device_arguments(parser)
 
@@ -88,6 +92,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     sheet_path, report_path = check_folder(out, [SHEET, REPORT], args.overwrite)
     check_folder(out / INPUTS, inputs, args.overwrite)
 
+    console.doing(f"opening the model {args.model}")
     opened = open_model(args.model, args.device, args.dtype)
     if not opened.is_mannequin:
         raise TruePoseError(
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "needs a model of family 'mannequin'. For others use truepose transfer"
         )
     with memory_errors(opened.device):
-        sheet, pairs = _show(opened, args.steps, args.seed)
+        sheet, pairs = _show(opened, args.steps, args.seed, args.quiet)
     made = render_inputs()
     memory = peak_memory(opened.device)
     report = {
@@ -126,52 +131,50 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return report
 
 
-def _show(opened: Opened, steps: int, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
+def _show(opened: Opened, steps: int, seed: int, quiet: bool) -> tuple[Tensor, list[dict[str, Any]]]:
     """The contact sheet [1, 3, H, W] and the figures of each pair."""
     import torch
-    from torch.nn.functional import avg_pool2d, interpolate
     from tqdm.auto import tqdm
 
     from truepose_core.alignment.recurrent import align_person
     from truepose_core.evaluation.metrics import area_masks
-    from truepose_core.evaluation.sheet import label_strip, tile
     from truepose_core.mannequin import BOTTOM_PATTERNS, TOP_PATTERNS, sample_identities
     from truepose_core.mannequin.world import split_seed
     from truepose_core.parsing import HumanParsing
-    from truepose_core.skeleton import draw_skeleton
+    from truepose_core.pictures.sheet import label_strip, tile
+    from truepose_core.pose.skeleton import draw_skeleton
 
     height, width = opened.pipe.model.config.size
     scale = max(1, round(HEIGHT / height))
     large = (height * scale, width * scale)
     strips: list[Tensor] = []
     pairs: list[dict[str, Any]] = []
-    with tqdm(total=len(SCENES) * steps, desc="demo", unit="step") as bar:
+    with tqdm(total=len(SCENES) * steps, desc="demo", unit="step", disable=quiet) as bar:
         for scene in SCENES:
             views = render_person(scene.person, (scene.source, *scene.targets), large)
             source, targets = views.select([0]), views.select([1, 2])
-            truth = avg_pool2d(targets.image, scale)
-            mask = area_masks(HumanParsing(avg_pool2d(targets.parsing, scale)))["foreground"]
             parsing = HumanParsing(source.parsing)
             aligned = align_person(source.image, parsing, source.keypoints, targets.keypoints).picture
-            sharp = area_masks(HumanParsing(targets.parsing))["foreground"]
+            person = area_masks(HumanParsing(targets.parsing))["foreground"]
             before = time.perf_counter()
             result = opened.pipe(
                 source.image,
                 targets.keypoints,
                 parsing,
                 source.keypoints,
-                height=height,
-                width=width,
+                height=large[0],
+                width=large[1],
                 num_inference_steps=steps,
                 seed=seed,
                 callback_on_step_end=progress(bar),
             ).images
             seconds = (time.perf_counter() - before) / len(scene.targets)
-            ours = foreground_psnr(result, truth, mask)
-            carried = foreground_psnr(aligned, targets.image, sharp)
-            copied = foreground_psnr(avg_pool2d(source.image, scale).expand_as(truth), truth, mask)
-            person = sample_identities([scene.person], split_seed("test", 0))
-            top, bottom = TOP_PATTERNS[int(person.top_pattern)], BOTTOM_PATTERNS[int(person.bottom_pattern)]
+            ours, carried, copied = (
+                foreground_psnr(images, targets.image, person)
+                for images in (result, aligned, source.image.expand_as(result))
+            )
+            who = sample_identities([scene.person], split_seed("test", 0))
+            top, bottom = TOP_PATTERNS[int(who.top_pattern)], BOTTOM_PATTERNS[int(who.bottom_pattern)]
             for pose, a, b, c in zip(scene.targets, ours, copied, carried, strict=True):
                 pairs.append(
                     {
@@ -188,18 +191,17 @@ def _show(opened: Opened, steps: int, seed: int) -> tuple[Tensor, list[dict[str,
                 )
             shown = [source.image[0]]
             words = [f"{top}, {scene.source}"]
-            enlarged = interpolate(result, large, mode="bicubic").clamp(0, 1)
             skeletons = draw_skeleton(targets.keypoints, *large)
             for i, pose in enumerate(scene.targets):
-                shown += [skeletons[i], aligned[i], enlarged[i], targets.image[i]]
+                shown += [skeletons[i], aligned[i], result[i], targets.image[i]]
                 words += [pose, f"{carried[i]:.1f} dB", f"{ours[i]:.1f} dB", f"copying: {copied[i]:.1f} dB"]
             row = tile([shown])
             if not strips:
                 strips.append(label_strip(["source", *["skeleton", "aligned", "sampled", "truth"] * 2], row.shape[-1]))
             strips += [row, label_strip(words, row.shape[-1])]
     note = (
-        f"dB is PSNR on the person: aligned at {large[1]}x{large[0]}, sampled at its own {width}x{height} pixels, "
-        f"copying that of the source as it is; model: {Path(opened.name).name}"
+        f"dB is PSNR on the person at {large[1]}x{large[0]} pixels; copying is the source as it is; model: "
+        f"{Path(opened.name).name}, which works at {width}x{height}"
     )
     strips.append(label_strip([note], strips[0].shape[-1]))
     return torch.cat(strips, 2), pairs
@@ -273,14 +275,16 @@ def _write(
     report_path: Path,
     overwrite: bool,
 ) -> None:
-    from truepose_core.images import atomic_write, save_image
+    from truepose_core.pictures.files import atomic_write, save_image
 
     folder = sheet_path.parent / INPUTS
     make_folder(folder)
-    for name, content in inputs.items():
+
+    def writing(content: Tensor | str) -> Callable[[Path], Path]:
         if isinstance(content, str):
-            atomic_write(folder / name, content, overwrite)
-        else:
-            save_image(content, folder / name, overwrite)
-    atomic_write(report_path, to_json(report) + "\n", overwrite)
-    save_image(sheet, sheet_path, overwrite)
+            return lambda path: atomic_write(path, content, overwrite)
+        return lambda path: save_image(content, path, overwrite)
+
+    outputs = {folder / name: content for name, content in inputs.items()}
+    outputs |= {report_path: to_json(report) + "\n", sheet_path: sheet}
+    write_outputs((path, writing(content)) for path, content in outputs.items())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from truepose_core.cli.console import (
     Console,
+    add_report_arguments,
     check_file,
     choose_device,
     height_by_width,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from truepose_core.evaluation.depth_order import DepthOrderReport
     from truepose_core.evaluation.field import FieldReport
     from truepose_core.evaluation.guidance import GuidanceReport
-    from truepose_core.evaluation.parts import PartsReport
+    from truepose_core.evaluation.surroundings import PartsReport
 
 HELP = "measure the models on the fixed test split, as a table"
 DESCRIPTION = """\
@@ -33,7 +34,9 @@ Rows without a diffusion model: copy (the source as it is), regions (the source'
 target parsing), warp (the source moved along the skeleton), body-lifted, body-given, surface (moved along a body lifted
 from the keypoints, a body of true parameters, the true person's surface), alignment-K (recurrent alignment in K steps
 on lifted bodies). With +parsing, places that the source hides are painted on the true target parsing. Learned rows of
-equal data, budget and seed: pose, concat, HPFA, HPFA+CAA. And bundled, the model that ships.
+equal data, budget and seed, each one more part: pose, concat, HPFA-skeleton, HPFA (body match on the surface),
+HPFA+CAA, aligned (on recurrent alignment), aligned+field (with the pose field's guidance), aligned-3d. And
+bundled, the model that ships (bundled-given: with true bodies).
 
 With --depth-order: who is in front where keypoints do not say, on targets that come in two depths; the models of the
 relative depth guidance's ablation. Their rows in the table: depth-base, depth-decoupled, depth-2d, depth-3d (its
@@ -48,7 +51,7 @@ the share of joints that lie where they should (PCK) with that field's guidance 
 EPILOG = """\
 examples:
   truepose eval --data mannequin --pairs 32                     a quick look
-  truepose eval --data mannequin --json table.json --sheet table.png
+  truepose eval --data mannequin --report table.json --sheet table.png
   truepose eval --rows copy warp HPFA+CAA --steps 20
   truepose eval --rows warp body-lifted body-given surface --size 128x96 --details
   truepose eval --rows copy mine --model mine=run/weights.safetensors
@@ -104,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="ROW",
         help="which rows: copy, regions, warp, body-lifted, body-given, surface (each also with +parsing), "
-        "alignment-1, alignment-2, alignment-4, pose, concat, HPFA, HPFA+CAA, bundled (default: all)",
+        "alignment-1, alignment-2, alignment-4, and the learned ones above (default: all)",
     )
     parser.add_argument(
         "--model",
@@ -115,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the weights of a learned row, or of a row of your own",
     )
     parser.add_argument(
-        "--steps", type=whole(1, 1000), default=12, metavar="N", help="sampling steps of learned rows (default: 12)"
+        "--steps", type=whole(1, 1000), default=1, metavar="N", help="sampling steps of learned rows (default: 1)"
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling noise (default: 0)")
     parser.add_argument(
@@ -123,6 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=height_by_width,
         metavar="HxW",
         help="height x width of the pictures in pixels, 16 to 1024 (default: the largest chosen model's, else 64x48)",
+    )
+    parser.add_argument(
+        "--world",
+        choices=("usual", "shifted"),
+        default="usual",
+        help="shifted: the same pairs in garments, builds and light that training never drew (default: usual)",
     )
     parser.add_argument(
         "--keypoint-noise",
@@ -149,20 +158,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refit", action="store_true", help="row body-given: fit the noisy bodies to the keypoints (default: off)"
     )
     parser.add_argument("--details", action="store_true", help="also print the table per view and per pattern")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--report", metavar="FILE.json", help="write the table as JSON")
     parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first pairs")
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, ... (default: auto)")
+    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check the outputs, measure, print the table, then write. Returns what is in the JSON file."""
     started = time.perf_counter()
     models = parse_models(args.model)
-    from truepose_core.images import IMAGE_SUFFIXES, atomic_write, save_image
+    from truepose_core.pictures.files import IMAGE_SUFFIXES, atomic_write, save_image
 
-    if args.json is not None:
-        check_file(args.json, args.overwrite, (".json",))
+    if args.report is not None:
+        check_file(args.report, args.overwrite, (".json",))
     if args.sheet is not None:
         check_file(args.sheet, args.overwrite, IMAGE_SUFFIXES)
     chosen = [name for name in ("parts", "field", "field_guidance", "depth_order") if vars(args)[name]]
@@ -170,6 +180,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise TruePoseError(f"--{chosen[0]} and --{chosen[1].replace('_', '-')} are two measurements; give one of them")
     if (args.field_scale or args.field_mu is not None) and not args.field_guidance:
         raise TruePoseError("--field-scale and --field-mu belong to --field-guidance; add it, or leave them out")
+    if chosen and args.world != "usual":
+        raise TruePoseError(f"--world belongs to the table of models; leave it out with --{chosen[0]}")
+    console.doing("getting ready to measure")
     if chosen:
         return _run_other(args, chosen[0], console, started)
     from truepose_core.evaluation.bodies import Difficulty
@@ -184,18 +197,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         args.steps,
         models=models or None,
         size=args.size,
+        world=args.world,
         device=device,
+        quiet=args.quiet,
         difficulty=Difficulty(args.keypoint_noise, args.missing, args.angle_noise, args.refit),
     )
-    if args.json is not None:
-        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
+    if args.report is not None:
+        atomic_write(args.report, report.to_json() + "\n", args.overwrite)
     if args.sheet is not None:
         save_image(report.contact_sheet(), args.sheet, args.overwrite)
     console.say(report.markdown(details=args.details))
     console.say(f"{time.perf_counter() - started:.1f} s in all; {memory_text(peak_memory(device))}")
-    for path in (args.json, args.sheet):
+    for path in (args.report, args.sheet):
         if path is not None:
             console.say(f"wrote {path}")
+    console.report(report.to_dict())
     return report.to_dict()
 
 
@@ -207,21 +223,22 @@ def _run_other(args: argparse.Namespace, what: str, console: Console, started: f
             raise TruePoseError(
                 f"--{option} belongs to the table of models; leave it out with --{what.replace('_', '-')}"
             )
-    from truepose_core.images import atomic_write
+    from truepose_core.pictures.files import atomic_write
 
     measured = {"parts": _parts, "field": _field, "field_guidance": _field_guidance, "depth_order": _depth_order}
     report = measured[what](args)
-    if args.json is not None:
-        atomic_write(args.json, report.to_json() + "\n", args.overwrite)
+    if args.report is not None:
+        atomic_write(args.report, report.to_json() + "\n", args.overwrite)
     console.say(report.markdown())
     console.say(f"{time.perf_counter() - started:.1f} s in all")
-    if args.json is not None:
-        console.say(f"wrote {args.json}")
+    if args.report is not None:
+        console.say(f"wrote {args.report}")
+    console.report(report.to_dict())
     return report.to_dict()
 
 
 def _parts(args: argparse.Namespace) -> PartsReport:
-    from truepose_core.evaluation.parts import evaluate_parts
+    from truepose_core.evaluation.surroundings import evaluate_parts
 
     return evaluate_parts(args.pairs or 64)
 
@@ -237,7 +254,7 @@ def _field_guidance(args: argparse.Namespace) -> GuidanceReport:
 
     from truepose_core.evaluation.guidance import PAIRS, evaluate_guidance
     from truepose_core.guidance.field import FieldGuidance
-    from truepose_core.models.store import BUNDLED
+    from truepose_core.weights.strict import BUNDLED
 
     models = parse_models(args.model)
     strange = set(models) - {BUNDLED}

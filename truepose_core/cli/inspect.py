@@ -9,12 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truepose_core.cli.console import MEBI, Console
+from truepose_core.cli.console import MEBI, Console, add_report_arguments
 from truepose_core.cli.convert import parse_choices
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
-    from truepose_core.models.importing.reading import CheckpointReader
+    from truepose_core.weights.reading import CheckpointReader
 
 HELP = "say what weight files are and what they can be used for"
 DESCRIPTION = """\
@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="as for truepose convert: what the files alone do not tell",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Tell of each file, then of all together. Returns the report that --json prints."""
-    from truepose_core.models.importing.reading import CheckpointReader
+    from truepose_core.weights.reading import CheckpointReader
 
     choices = parse_choices(args.choose)
     told: list[dict[str, Any]] = []
@@ -75,13 +75,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def describe(reader: CheckpointReader) -> dict[str, Any]:
     """One file for machines: kind, tensors, types, size, metadata, parts by family, and what it is good for."""
-    from truepose_core.cli.conditions import command_line
     from truepose_core.cli.opening import ModelChoice, parse_config
-    from truepose_core.models.importing import FAMILIES
-    from truepose_core.models.importing.convert import not_recognised
-    from truepose_core.models.importing.kinds import describe as kind_of
-    from truepose_core.models.importing.reading import refuse_quantised
-    from truepose_core.models.store import ARCHITECTURE
+    from truepose_core.cli.transfer.maps import command_line
+    from truepose_core.importing.convert import not_recognised
+    from truepose_core.importing.families import FAMILIES
+    from truepose_core.importing.kinds import describe as kind_of
+    from truepose_core.weights.reading import refuse_quantised
+    from truepose_core.weights.strict import ARCHITECTURE
 
     infos = reader.infos()
     architecture = reader.metadata.get("architecture")
@@ -126,10 +126,10 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
 def together(files: list[str], choices: dict[str, str]) -> dict[str, Any]:
     """Whether all files make up one model. "verdict": for people. "command": what uses the files as they are, "" for
     what is no model of its own."""
-    from truepose_core.cli.conditions import command_line
     from truepose_core.cli.opening import ModelChoice, parse_config
-    from truepose_core.models.importing.convert import find
-    from truepose_core.models.store import ARCHITECTURE
+    from truepose_core.cli.transfer.maps import command_line
+    from truepose_core.importing.convert import find
+    from truepose_core.weights.strict import ARCHITECTURE
 
     try:
         found = find(files, choices)

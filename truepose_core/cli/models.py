@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truepose_core.cli.console import MEBI, Console
+from truepose_core.cli.console import MEBI, Console, add_report_arguments
 
 if TYPE_CHECKING:
-    from truepose_core.models.known import KnownModel
+    from truepose_core.networks.known import KnownModel
 
 HELP = "list the public models for photos, and download one"
 DESCRIPTION = """\
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", choices=("list", "get"), default="list", help="list (the default) or get")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to get; names as in the list")
     add_models_argument(parser, "--folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    add_report_arguments(parser)
 
 
 def add_models_argument(parser: argparse._ActionsContainer, option: str = "--models") -> None:
@@ -49,7 +49,7 @@ def add_models_argument(parser: argparse._ActionsContainer, option: str = "--mod
 
 def models_folder(args: argparse.Namespace) -> Path:
     """The folder that `add_models_argument` chose."""
-    from truepose_core.models.known import default_folder
+    from truepose_core.networks.known import default_folder
 
     return Path(args.models).expanduser() if args.models else default_folder()
 
@@ -57,7 +57,7 @@ def models_folder(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """List, or download. Returns the JSON report. Raises TruePoseError as `known.get`."""
     from truepose_core.errors import TruePoseError
-    from truepose_core.models.known import KNOWN, known_model
+    from truepose_core.networks.known import KNOWN, known_model
 
     folder = models_folder(args)
     if args.action == "list" and args.names:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise TruePoseError(f"name what to get: {', '.join(KNOWN)}")
     wanted = [known_model(name) for name in dict.fromkeys(args.names)]
     for model in wanted:
-        console.say(f"{model.name}: {_fetch(model, folder)}")
+        console.say(f"{model.name}: {_fetch(model, folder, args.quiet)}")
     told = [_describe(model, folder) for model in (wanted or KNOWN.values())]
     report = {"folder": str(folder), "models": told}
     if args.action == "list":
@@ -75,15 +75,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return report
 
 
-def _fetch(model: KnownModel, folder: Path) -> Path:
+def _fetch(model: KnownModel, folder: Path, quiet: bool) -> Path:
     from tqdm.auto import tqdm
 
-    from truepose_core.models.known import find, get
+    from truepose_core.networks.known import find, get
 
     there = find(model.name, [folder])
     if there is not None:
         return there
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=model.file) as bar:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=model.file, disable=quiet) as bar:
 
         def show(done: int, total: int | None) -> None:
             bar.total = total
@@ -93,7 +93,7 @@ def _fetch(model: KnownModel, folder: Path) -> Path:
 
 
 def _describe(model: KnownModel, folder: Path) -> dict[str, Any]:
-    from truepose_core.models.known import find
+    from truepose_core.networks.known import find
 
     path = find(model.name, [folder])
     return {

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from truepose_core.models.cfld import CFLDModel, CFLDPipeline
-    from truepose_core.models.cfld_encoder import CFLDConfig
+    from truepose_core.models.cfld.encoder import CFLDConfig
+    from truepose_core.models.cfld.model import CFLDModel
     from truepose_core.models.config import Behaviour, TruePoseConfig
     from truepose_core.models.model import TruePoseModel
     from truepose_core.pipeline import TruePosePipeline
+    from truepose_core.pipeline.cfld import CFLDPipeline
 
 MANNEQUINS_ONLY = (
     "this model knows mannequins only, at {w}x{h} pixels: a photograph comes out as a mannequin in the person's "
@@ -60,7 +61,7 @@ class ModelChoice:
 
     @property
     def is_cfld(self) -> bool:
-        from truepose_core.models.cfld_encoder import CFLDConfig
+        from truepose_core.models.cfld.encoder import CFLDConfig
 
         return isinstance(self.config, CFLDConfig)
 
@@ -92,7 +93,7 @@ class Opened:
 
     @property
     def is_cfld(self) -> bool:
-        from truepose_core.models.cfld_encoder import KIND
+        from truepose_core.models.cfld.encoder import KIND
 
         return self.pipe.model.config.family == KIND
 
@@ -191,7 +192,7 @@ def choose_model(
 
 def find_model(names: Sequence[str], choices: Mapping[str, str] | None = None) -> ModelChoice:
     """`choose_model` without what is opened beside it, and without its checks."""
-    from truepose_core.models.store import BUNDLED, bundled_path, read_metadata
+    from truepose_core.weights.strict import BUNDLED, bundled_path, read_metadata
 
     names, choices = tuple(map(str, names)), dict(choices or {})
     name = names[0]
@@ -221,7 +222,7 @@ def find_model(names: Sequence[str], choices: Mapping[str, str] | None = None) -
 def _own_config(path: Path, metadata: Mapping[str, str]) -> TruePoseConfig | CFLDConfig | None:
     """The configuration of a model file of this package, None for another's. Raises TruePoseError for ours that is no
     model."""
-    from truepose_core.models.store import ARCHITECTURE
+    from truepose_core.weights.strict import ARCHITECTURE
 
     if metadata.get("architecture") != ARCHITECTURE:
         if "converter" in metadata:
@@ -237,7 +238,7 @@ def _own_config(path: Path, metadata: Mapping[str, str]) -> TruePoseConfig | CFL
 
 def parse_config(text: str) -> TruePoseConfig | CFLDConfig:
     """The configuration in a model file's metadata. Raises TruePoseError for another version's."""
-    from truepose_core.models.cfld_encoder import CFLDConfig, is_cfld
+    from truepose_core.models.cfld.encoder import CFLDConfig, is_cfld
     from truepose_core.models.config import TruePoseConfig
 
     kind = CFLDConfig if is_cfld({"config": text}) else TruePoseConfig
@@ -246,8 +247,8 @@ def parse_config(text: str) -> TruePoseConfig | CFLDConfig:
 
 def _published_config(names: Sequence[str], choices: Mapping[str, str]) -> TruePoseConfig | CFLDConfig:
     """The configuration of what files of another system become."""
-    from truepose_core.models.importing.convert import find
-    from truepose_core.models.store import ARCHITECTURE
+    from truepose_core.importing.convert import find
+    from truepose_core.weights.strict import ARCHITECTURE
 
     try:
         found = find(names, choices)
@@ -323,7 +324,7 @@ def open_model(model: str | ModelChoice, device_name: str, dtype_name: str) -> O
         pipe = TruePosePipeline.from_model(loaded.model, loaded.scheduler)
         context, pooled = loaded.context, loaded.pooled
     elif model.is_cfld:
-        from truepose_core.models.cfld import CFLDPipeline
+        from truepose_core.pipeline.cfld import CFLDPipeline
 
         pipe = CFLDPipeline.from_model(_load(model))
     else:
@@ -338,14 +339,15 @@ def open_model(model: str | ModelChoice, device_name: str, dtype_name: str) -> O
 
 def _load(model: ModelChoice) -> TruePoseModel | CFLDModel:
     """The network of a model file, or of another system's files without a converted copy."""
-    from truepose_core.models.cfld import CFLDModel, load_cfld
+    from truepose_core.models.cfld.model import CFLDModel, load_cfld
     from truepose_core.models.model import TruePoseModel
-    from truepose_core.models.store import load_model, load_strict
+    from truepose_core.models.store import load_model
+    from truepose_core.weights.strict import load_strict
 
     if not model.originals:
         return load_cfld(model.name, vae=model.vae) if model.is_cfld else load_model(model.name, vae=model.vae)
+    from truepose_core.importing.convert import opened
     from truepose_core.models.folder import load_vae
-    from truepose_core.models.importing.convert import opened
 
     codec = None if model.vae is None else load_vae(model.vae)
     made = CFLDModel(model.config, codec) if model.is_cfld else TruePoseModel(model.config, codec=codec)

@@ -8,7 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from truepose_core.cli.console import Console, check_folder, choose_device, memory_text, number, peak_memory, whole
+from truepose_core.cli.console import (
+    Console,
+    add_report_arguments,
+    check_folder,
+    choose_device,
+    memory_text,
+    number,
+    peak_memory,
+    whole,
+)
 from truepose_core.errors import TruePoseError
 
 HELP = "train a model, on the mannequin world or on pairs of photographs"
@@ -81,6 +90,11 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "a Stable Diffusion folder in diffusers format that both nets start from, instead of scratch",
     ),
     "data": (str, "DATA", "mannequin, or a folder with pairs.csv, images/, parsing/ and poses/"),
+    "first_source": (
+        None,
+        "",
+        "a person's first pose is always the source, so that its alignment to the others is made once",
+    ),
     "twins": (number(0, 1), "SHARE", "share of the mannequin's target pairs that differ in depth alone; odd --poses"),
     "height": (whole(0, 4096), "PX", "height of the training pictures; 0 is the model's own"),
     "width": (whole(0, 4096), "PX", "width of the training pictures; 0 is the model's own"),
@@ -113,8 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from truepose_core.training.train import TrainingConfig
 
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; made if need be")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout at the end")
+    add_report_arguments(parser)
     group = parser.add_argument_group("the run")
     for field in fields(TrainingConfig):
         read, placeholder, meaning = OPTIONS[field.name]
@@ -185,7 +198,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for library, extra in (("accelerate", ""), ("tensorboard", "[train]")):
         if find_spec(library) is None:
             raise TruePoseError(f'training needs {library}; install it with: pip install "comfyui-truepose{extra}"')
-    from truepose_core.training.train import ROWS, Trainer, TrainingConfig, trainable
+    from truepose_core.training.train import ROWS, Trainer, TrainingConfig, checkpoint_of, trainable
 
     if row is not None and row not in ROWS:
         raise TruePoseError(f"unknown row {row!r}; expected one of {', '.join((*ROWS, *SMALL_ROWS))}")
@@ -194,19 +207,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = Path(args.out)
     # A finished run may be trained on: its own files are its own to replace.
     check_folder(out, ["weights.safetensors"], overwrite=True)
-    trainer = Trainer(config, out, quiet=args.quiet)
-    main = trainer.accelerator.is_main_process
-    if main:
-        start = f"going on from step {trainer.step}" if trainer.step else f"from {config.base or 'scratch'}"
-        console.say(
-            f"{config.row}, {trainable(trainer.model):,} weights, {config.steps} steps {start}, on "
-            f"{trainer.accelerator.num_processes} x {trainer.accelerator.device}"
-        )
+    console.doing("making the network and its data")
+    trainer: Trainer | None = None
     try:
+        trainer = Trainer(config, out, quiet=args.quiet)
+        main = trainer.accelerator.is_main_process
+        if main:
+            start = f"going on from step {trainer.step}" if trainer.step else f"from {config.base or 'scratch'}"
+            console.say(
+                f"{config.row}, {trainable(trainer.model):,} weights, {config.steps} steps {start}, on "
+                f"{trainer.accelerator.num_processes} x {trainer.accelerator.device}"
+            )
         weights = trainer.run()
     except KeyboardInterrupt:
-        saved = f"step {trainer.step} of {config.steps} is saved in {out / 'checkpoint'}"
-        raise KeyboardInterrupt(saved, "the same command goes on from there") from None
+        done = 0 if trainer is None else trainer.step
+        raise _stopped(checkpoint_of(out), config.steps, done) from None
     memory = peak_memory(trainer.accelerator.device)
     report = {
         "weights": str(weights),
@@ -226,21 +241,24 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _run_small(args: argparse.Namespace, row: str, console: Console) -> dict[str, Any]:
     """Train one of the small networks."""
     from truepose_core.training.rows import SMALL_ROWS
+    from truepose_core.training.small import SmallTrainer, checkpoint_of
 
     kind, make = SMALL_ROWS[row].load()
     config = read_config(args, kind, row)
     config = replace(config, device=str(choose_device(config.device)))
     out = Path(args.out)
     check_folder(out, ["weights.safetensors"], overwrite=True)
-    trainer = make(config, out, quiet=args.quiet)
-    count = sum(p.numel() for p in trainer.net.parameters())
-    start = f"going on from step {trainer.step}" if trainer.step else "from scratch"
-    console.say(f"{row}, {count:,} weights, {config.steps} steps {start}, on {config.device}")
+    console.doing("making the network and its data")
+    trainer: SmallTrainer | None = None
     try:
+        trainer = make(config, out, quiet=args.quiet)
+        count = sum(p.numel() for p in trainer.net.parameters())
+        start = f"going on from step {trainer.step}" if trainer.step else "from scratch"
+        console.say(f"{row}, {count:,} weights, {config.steps} steps {start}, on {config.device}")
         weights = trainer.run()
     except KeyboardInterrupt:
-        saved = f"step {trainer.step} of {config.steps} is saved in {out}"
-        raise KeyboardInterrupt(saved, "the same command goes on from there") from None
+        done = 0 if trainer is None else trainer.step
+        raise _stopped(checkpoint_of(out), config.steps, done) from None
     memory = peak_memory(choose_device(config.device))
     report = {
         "weights": str(weights),
@@ -253,6 +271,13 @@ def _run_small(args: argparse.Namespace, row: str, console: Console) -> dict[str
     console.say(f"{trainer.seconds:.0f} s of training; {memory_text(memory)}\nwrote {weights}")
     console.report(report)
     return report
+
+
+def _stopped(checkpoint: Path, steps: int, done: int) -> KeyboardInterrupt:
+    """Ctrl-C, with what is saved, after looking: a second one may have come before the checkpoint was whole."""
+    from truepose_core.training.checkpoint import what_is_saved
+
+    return KeyboardInterrupt(*what_is_saved(checkpoint, steps, done))
 
 
 def _check(config: Any) -> None:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from truepose_core.alignment.skeleton_prior import carry as carry_along_skeleton
-from truepose_core.alignment.skeleton_prior import region_colors, region_prior
 from truepose_core.body.carry import Carried, Correspondence, carry, correspond
 from truepose_core.body.lift import fit_bodies, lift, lift_net
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyModel, GenericBody
-from truepose_core.evaluation.split import TEST_SEED
+from truepose_core.evaluation.metrics import masked_psnr
 from truepose_core.mannequin.body import axis_angle_to_matrix, matrix_to_axis_angle
-from truepose_core.mannequin.identity import sample_identities
-from truepose_core.mannequin.world import split_seed
+from truepose_core.mannequin.split import TEST_SEED
+from truepose_core.mannequin.world import people_of
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import carry as carry_along_skeleton
+from truepose_core.parsing.carry import region_colors, region_prior
 
 if TYPE_CHECKING:
     from truepose_core.mannequin import PairBatch, Rendering
@@ -153,7 +153,7 @@ def skeleton_correspondence(pairs: PairBatch) -> tuple[Tensor, Tensor]:
 
 def _true_bodies(pairs: PairBatch) -> tuple[BodyPose, BodyPose, BodyModel]:
     """The people of the test split themselves, as their pictures show them."""
-    people = sample_identities(pairs.identity, split_seed("test", TEST_SEED))
+    people = people_of(pairs.identity, "test", TEST_SEED, pairs.world)
     source, target = (BodyPose(x.theta, x.beta, x.camera) for x in (pairs.source, pairs.target))
     return source, target, GenericBody(people=people)
 
@@ -163,6 +163,17 @@ def true_correspondence(pairs: PairBatch) -> Correspondence:
     source, target, model = _true_bodies(pairs)
     size = tuple(pairs.target.image.shape[-2:])
     return correspond(source, target, model.render(source, *size), model.render(target, *size), model)
+
+
+PLACES = ("shown_psnr", "hidden_psnr")
+
+
+def place_columns(images: Tensor, target: Tensor, truth: Correspondence) -> dict[str, Tensor]:
+    """{"shown_psnr": PSNR in dB over the places of the true person that the source really shows [B], "hidden_psnr":
+    over those that it hides [B]}. images, target: [B, 3, H, W]. NaN where there are too few such pixels."""
+    person, seen = truth.target.mask[:, 0] > 0, truth.seen[:, 0] > 0.5
+    places = (person & seen, person & ~seen)
+    return {name: masked_psnr(images, target, where) for name, where in zip(PLACES, places, strict=True)}
 
 
 def geometry_columns(drawn: Drawn, truth: Correspondence) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from truepose_core.alignment.control3d import target_bodies
 from truepose_core.body.pose import BodyPose
 from truepose_core.body.render import BodyMaps, GenericBody
 from truepose_core.errors import TruePoseError
-from truepose_core.evaluation.split import TEST_SEED
 from truepose_core.mannequin import (
     BodyPoses,
     Rendering,
@@ -38,6 +37,7 @@ from truepose_core.mannequin import (
     sample_poses,
 )
 from truepose_core.mannequin.identity import Identities
+from truepose_core.mannequin.split import TEST_SEED
 from truepose_core.mannequin.twins import ARMS, hide_faces
 from truepose_core.mannequin.world import _STRIDE, split_seed
 from truepose_core.parsing import HumanParsing
@@ -290,7 +290,7 @@ def evaluate_depth_order(
     "depth-3d-found"); rows of models that neither ship nor are given are left out, which the log says. Raises
     TruePoseError for other names, numbers below 1, and a given file that is missing.
     """
-    from truepose_core.models.store import bundled_path
+    from truepose_core.weights.strict import bundled_path
 
     started = time.perf_counter()
     models = dict(models or {})

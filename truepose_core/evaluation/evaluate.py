@@ -14,27 +14,34 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.evaluation.bodies import Difficulty, geometry_columns, true_correspondence
+from truepose_core.evaluation.bodies import (
+    PLACES,
+    Difficulty,
+    geometry_columns,
+    place_columns,
+    true_correspondence,
+)
 from truepose_core.evaluation.metrics import COLUMNS, library, measure
 from truepose_core.evaluation.pattern import mean_score
 from truepose_core.evaluation.rows import make_rows
-from truepose_core.evaluation.sheet import labelled_sheet
-from truepose_core.evaluation.split import groups, pose_distances, split_pairs
+from truepose_core.evaluation.split import groups, pose_distances
+from truepose_core.mannequin.split import split_pairs
 from truepose_core.parsing import HumanParsing
-from truepose_core.skeleton import draw_skeleton
+from truepose_core.pictures.sheet import labelled_sheet
+from truepose_core.pose.skeleton import draw_skeleton
 
 if TYPE_CHECKING:
     from truepose_core.mannequin import PairBatch
 
 PAIRS = 512
 """Pairs of the full test split."""
-STEPS = 12
+STEPS = 1
 """Sampling steps of the learned rows."""
 SHOWN = 6
 """Pairs on the contact sheet."""
 BASELINE_SIZE = (64, 48)
 """(height, width) where no model says another."""
-GEOMETRY = ("endpoint", "seen")
+GEOMETRY = ("endpoint", "seen", *PLACES)
 """Columns of rows that look their pixels up in the source: `bodies.geometry_columns`."""
 QUARTILES = ("nearest quarter", "second quarter", "third quarter", "farthest quarter")
 """Groups of pairs by the mean angle between the two poses' joints."""
@@ -64,6 +71,7 @@ class Report:
     versions: dict[str, str]
     pictures: dict[str, Tensor] = field(repr=False, compare=False)
     captions: list[str] = field(repr=False, compare=False)
+    world: str = "usual"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON values; no NaN (None instead)."""
@@ -72,6 +80,7 @@ class Report:
             "rows": self.rows,
             "pairs": self.pairs,
             "size": f"{width}x{height}",
+            "world": self.world,
             "steps": self.steps,
             "seed": self.seed,
             "counted": self.counted,
@@ -97,10 +106,12 @@ class Report:
         text = [
             _table(head, body),
             "",
-            f"{self.pairs} pairs of the test split at {width}x{height} (width x height), {self.steps} steps, "
+            f"{self.pairs} pairs of the {'shifted ' if self.world == 'shifted' else ''}test split at {width}x{height} "
+            f"(width x height), {self.steps} steps, "
             f"seed {self.seed}, on {self.versions['device']}. PSNR in dB; pattern 0 to 1; more is better. endpoint: "
             "pixels between where a pixel was looked up and where it was, less is better; seen: share of the person "
-            "taken from the source. The rows regions and NAME+parsing are given the true target parsing, body-given "
+            "taken from the source; shown and hidden PSNR: of what the source really shows and "
+            "hides. The rows regions and NAME+parsing are given the true target parsing, body-given "
             "the true body parameters, surface the true person.",
         ]
         if details:
@@ -135,16 +146,17 @@ def evaluate(
     shown: int = SHOWN,
     quiet: bool = False,
     difficulty: Difficulty | None = None,
+    world: str = "usual",
 ) -> Report:
     """Measure rows on the first `pairs` pairs of the test split, which training never sees.
 
     data: "mannequin", the only test split so far. seed: of the sampling noise (the split itself is fixed); pair i has
     seed + i, so neither `pairs` nor `batch_size` changes a picture's noise. rows: names out of `rows.ROWS` and of
     `models`; None is all. steps: sampling steps of the learned rows. models: row -> model file, instead of the files
-    that ship or beside them.
-    size: (height, width) of the pictures; by default that of the largest chosen model (a smaller one's results are
-    enlarged), or 64x48 without a model. difficulty: noise on what the body rows are given. shown: pairs on the contact
-    sheet. quiet: no progress bar.
+    that ship or beside them. size: (height, width) of the pictures; by default that of the largest chosen model (a
+    smaller one's results are enlarged), or 64x48 without a model. difficulty: noise on what the body rows are given.
+    world: "shifted" takes the same pairs in garments, builds and light that training never drew (`mannequin.shifted`).
+    shown: pairs on the contact sheet. quiet: no progress bar.
 
     Raises TruePoseError for unknown data or rows, missing model files, numbers below 1, and without torchmetrics.
     """
@@ -166,7 +178,7 @@ def evaluate(
     distances: list[Tensor] = []
     with tqdm(total=pairs * len(chosen), disable=quiet, unit="image", desc="eval") as bar:
         for index in torch.arange(pairs).split(batch_size):
-            batch = split_pairs(index, size)
+            batch = split_pairs(index, size, world)
             for kind, names in groups(batch).items():
                 shows.setdefault(kind, []).extend(names)
             distances.append(pose_distances(batch))
@@ -179,7 +191,8 @@ def evaluate(
                 seconds[row.name] += time.perf_counter() - started
                 results[row.name] = drawn.images
                 measured = measure(drawn.images, batch.target.image, HumanParsing(batch.target.parsing))
-                values[row.name].append(measured | geometry_columns(drawn, truth))
+                places = place_columns(drawn.images, batch.target.image, truth)
+                values[row.name].append(measured | geometry_columns(drawn, truth) | places)
                 bar.update(len(index))
             _keep_pictures(pictures, batch, results, shown - int(index[0]))
     columns = {
@@ -201,6 +214,7 @@ def evaluate(
         versions=_versions(device),
         pictures={name: torch.cat(parts) for name, parts in pictures.items()},
         captions=captions,
+        world=world,
     )
 
 

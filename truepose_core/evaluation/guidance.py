@@ -20,13 +20,14 @@ from torch import Tensor
 from truepose_core.alignment.field import pose_distance
 from truepose_core.errors import TruePoseError
 from truepose_core.evaluation.metrics import area_masks, masked_psnr
-from truepose_core.evaluation.split import split_pairs
 from truepose_core.guidance.field import FieldGuidance, field_step
 from truepose_core.guidance.keypoints import load_predictor, nearer_sides
 from truepose_core.mannequin import axis_angle_to_matrix, ready_poses
-from truepose_core.models.store import BUNDLED, bundled_path, load_model
+from truepose_core.mannequin.split import split_pairs
+from truepose_core.models.store import load_model
 from truepose_core.parsing import HumanParsing
 from truepose_core.pipeline import TruePosePipeline
+from truepose_core.weights.strict import BUNDLED, bundled_path
 
 PAIRS = 128
 EASY, EXTREME = "easy", "extreme"

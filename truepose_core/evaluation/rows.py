@@ -4,8 +4,9 @@ Some need no image network: "copy" is the source picture, "regions" the source's
 the TRUE target parsing (what a model without patterns can reach at best), "warp" the skeleton prior; "body-lifted",
 "body-given" and "surface" carry the source along a body (`bodies`), hidden places painted in region colours on the
 carried parsing or, with "+parsing" behind the name, on the TRUE target parsing. "alignment-K" is recurrent alignment in
-K steps on lifted bodies, no diffusion. The others are models: "pose", "concat", "HPFA" and "HPFA+CAA" were trained with
-equal data, budget and seed; "bundled" is the model that ships. The rows of the relative depth
+K steps on lifted bodies, no diffusion. The others are models. Those of `BUNDLED_ROWS` but the last were trained with
+equal data, budget and seed; "aligned+field" is "aligned" under the pose field's guidance;
+"bundled" is the model that ships, and "bundled-given" the same with true bodies. The rows of the relative depth
 guidance's ablation (`ABLATION_ROWS`) were trained apart, also as equals.
 """
 
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from truepose_core.alignment.skeleton_prior import region_colors, warp
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.evaluation.bodies import BodyRows, Difficulty, Drawn, skeleton_correspondence
+from truepose_core.guidance.field import FieldGuidance
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import region_colors, warp
 
 if TYPE_CHECKING:
     from truepose_core.mannequin import PairBatch
@@ -31,9 +33,14 @@ if TYPE_CHECKING:
 BUNDLED_ROWS = {
     "pose": "row-pose",
     "concat": "row-concat",
+    "HPFA-skeleton": "row-hpfa-skeleton",
     "HPFA": "row-hpfa",
     "HPFA+CAA": "row-hpfa-caa",
+    "aligned": "row-aligned",
+    "aligned+field": "row-aligned",
+    "aligned-3d": "row-aligned-3d",
     "bundled": "mannequin",
+    "bundled-given": "mannequin",
 }
 """Learned row -> name of the model that ships with the package (`models.store.bundled_path`)."""
 
@@ -48,7 +55,9 @@ ABLATION_ROWS = {
 }
 """The same for the ablation of relative depth guidance, whose rows are measured when they are asked for."""
 GIVEN = "-given"
-"""Behind a row's name: the model is told the target's true body; else it is lifted from the keypoints."""
+"""Behind a row's name: the model is told the true bodies; else they are lifted from the keypoints."""
+FIELD = "+field"
+"""Behind a row's name: sampled under the pose interaction field's guidance, at its default scale."""
 
 
 @dataclass(frozen=True)
@@ -122,19 +131,20 @@ def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.
     """The row of a model file: `TruePosePipeline` with the model's own scheduler, `steps` steps and no guidance.
 
     seed: pair i starts from the noise of seed + i, whatever batch it is in. A name that ends in "-given" tells the
-    model the targets' true bodies. Raises TruePoseError, naming the row, when the file is missing or is not a model, or
-    when it reads no body.
+    model the true bodies of target and, where it goes by them, of source. Raises TruePoseError, naming the row, when
+    the file is missing or is not a model, or when it reads no body.
     """
-    from truepose_core.models.store import load_model, read_metadata
+    from truepose_core.models.store import load_model
     from truepose_core.pipeline import TruePosePipeline
+    from truepose_core.weights.strict import read_metadata
 
     try:
         metadata = read_metadata(path)
         model = load_model(path)
     except TruePoseError as error:
         raise TruePoseError(f"row {name!r}: {error}") from error
-    given = name.endswith(GIVEN)
-    if given and (model.config.control3d is None or model.config.control3d.query != "body"):
+    given, surface = name.endswith(GIVEN), model.config.match == "surface"
+    if given and not surface and (model.config.control3d is None or model.config.control3d.query != "body"):
         raise TruePoseError(f"row {name!r}: {path} reads no body, so none can be given to it")
     pipe = TruePosePipeline.from_model(model).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -149,6 +159,8 @@ def model_row(name: str, path: str | Path, steps: int, seed: int, device: torch.
             num_inference_steps=steps,
             seed=[seed + i for i in pairs.identity.tolist()],
             target_pose=BodyPose(target.theta, target.beta, target.camera) if given else None,
+            source_pose=BodyPose(source.theta, source.beta, source.camera) if given and surface else None,
+            field_guidance=FieldGuidance() if name.endswith(FIELD) else None,
         ).images
         return Drawn(images)
 
@@ -177,7 +189,7 @@ def make_rows(
     is a row of its own. Raises TruePoseError for an unknown row, a row named twice, and, naming it, a row whose file
     is missing.
     """
-    from truepose_core.models.store import bundled_path
+    from truepose_core.weights.strict import bundled_path
 
     models = dict(models or {})
     taken = set(models) & set(BASELINES)
@@ -198,14 +210,12 @@ def make_rows(
             continue
         path = models.get(name)
         if path is None:
-            if name in ABLATION_ROWS:
-                raise TruePoseError(
-                    f"no weights of row {name!r} ship; train them with truepose train --row, and give them with "
-                    f"--model {name}=FILE"
-                )
             try:
-                path = bundled_path(BUNDLED_ROWS[name])
+                path = bundled_path({**BUNDLED_ROWS, **ABLATION_ROWS}[name])
             except TruePoseError as error:
-                raise TruePoseError(f"row {name!r}: {error}; or leave the row out") from error
+                raise TruePoseError(
+                    f"row {name!r}: {error}; or leave the row out, or train it (truepose train --row) and give it with "
+                    f"--model {name}=FILE"
+                ) from error
         rows.append(model_row(name, path, steps, seed, device))
     return rows

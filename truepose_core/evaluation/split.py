@@ -1,4 +1,4 @@
-"""The fixed test split, and what each of its pairs shows."""
+"""What each pair of the test split shows."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from truepose_core.mannequin.split import TEST_SEED
+
 if TYPE_CHECKING:
     from truepose_core.mannequin import PairBatch
-
-TEST_SEED = 0
-"""The world seed of the test split: every table and every sheet shows the same people. Training never draws them."""
 FRONT, BACK = 50.0, 132.5
 """A person turned by less than FRONT degrees is seen from the front, by more than BACK from behind."""
-
-
-def split_pairs(indices: Tensor | int, size: tuple[int, int]) -> PairBatch:
-    """Pairs of the test split (an int n means the first n), as pictures of (height, width), on the CPU."""
-    from truepose_core.mannequin import sample_pairs
-
-    return sample_pairs(indices, "test", seed=TEST_SEED, height=size[0], width=size[1])
 
 
 def views(theta: Tensor) -> list[str]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from truepose_core.combine import combine_sources
 from truepose_core.evaluation.metrics import area_masks, masked_psnr
 from truepose_core.evaluation.pattern import mean_score, pattern_scores
-from truepose_core.evaluation.split import TEST_SEED
 from truepose_core.mannequin import Rendering, render, render_people, sample_identities, sample_poses
+from truepose_core.mannequin.split import TEST_SEED
 from truepose_core.mannequin.world import split_seed
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
+from truepose_core.source.combine import combine_sources
 
 if TYPE_CHECKING:
     from truepose_core.mannequin import Identities

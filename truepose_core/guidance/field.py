@@ -103,7 +103,7 @@ def check_predictor(predictor: str | Path | None, pixels: bool) -> None:
 def load_energy(predictor: str | Path | None, pixels: bool) -> PoseEnergy:
     """The networks of guidance. predictor: as of `FieldGuidance`. pixels: the model works on pixel patches, not on a
     VAE's latents. Raises TruePoseError where the predictor reads something else, and for missing files."""
-    from truepose_core.models.store import load_small
+    from truepose_core.weights.small import load_small
 
     check_predictor(predictor, pixels)
     read = load_predictor(predictor)

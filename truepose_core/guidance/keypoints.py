@@ -1,7 +1,7 @@
 """`KeypointPredictor`: reads the keypoints off an estimate of the clean picture, however blurred, in milliseconds.
 
 It is there to be differentiated: guidance asks where the picture should change for a joint to move. For keypoints of
-photographs see `truepose_core.pose_estimation`.
+photographs see `truepose_core.pose.estimation`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, silu
 
 from truepose_core.errors import TruePoseError
-from truepose_core.pose_edit import BODY_MIRROR
+from truepose_core.pose.edit import BODY_MIRROR
 
 KIND = "keypoints"
 JOINTS = 18
@@ -130,6 +130,7 @@ def picture_of(latent: Tensor, patch: int) -> Tensor:
 def load_predictor(path: str | Path | None = None) -> KeypointPredictor:
     """A predictor that `truepose train --row keypoints` wrote; None for the one that ships, which knows mannequins.
     Raises TruePoseError for a file that is none."""
-    from truepose_core.models.store import bundled_path, load_small
+    from truepose_core.weights.small import load_small
+    from truepose_core.weights.strict import bundled_path
 
     return load_small(path or bundled_path("keypoints"), KIND, KeypointPredictor)

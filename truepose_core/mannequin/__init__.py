@@ -13,14 +13,7 @@ from .body import (
     rest_joints,
     sample_poses,
 )
-from .identity import (
-    BOTTOM_PATTERNS,
-    HAIR_LENGTHS,
-    LOGO_SHAPES,
-    TOP_PATTERNS,
-    Identities,
-    sample_identities,
-)
+from .identity import BOTTOM_PATTERNS, HAIR_LENGTHS, LOGO_SHAPES, TOP_PATTERNS, Identities, sample_identities
 from .render import Rendering, render
 from .twins import mirror_arm, mirror_body
 from .world import SPLITS, PairBatch, render_people, render_twins, sample_pairs

@@ -14,7 +14,7 @@ from torch import Tensor
 from truepose_core.regions import Region
 
 from .identity import Identities
-from .parts import EAR, HAIR, HEAD, HIP, LEG, SHOE, SKIN, SLEEVE, TORSO, Parts
+from .solids import EAR, HAIR, HEAD, HIP, LEG, SHOE, SKIN, SLEEVE, TORSO, Parts
 
 __all__ = ["paint", "soften"]
 

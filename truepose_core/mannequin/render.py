@@ -25,7 +25,7 @@ from truepose_core.regions import Region
 from .body import BodyPoses, forward_kinematics, openpose_points, project, rest_joints
 from .identity import Identities
 from .paint import paint, soften
-from .parts import Parts, body_parts
+from .solids import Parts, body_parts
 
 __all__ = [
     "Grid",
@@ -40,7 +40,7 @@ __all__ = [
     "trace",
 ]
 
-_LIGHT = (-0.36, 0.58, 0.73)
+LIGHT = (-0.36, 0.58, 0.73)
 # Supersampled pixels worked on at once: about 300 MB at the peak on a CPU.
 _PIXELS_CPU = 1_000_000
 _PIXELS_GPU = 24_000_000
@@ -401,13 +401,15 @@ def paint_surface(surface: Surface, scene: Scene) -> tuple[Tensor, Tensor]:
     return torch.where(surface.inside_out, albedo * 0.55, albedo), label
 
 
-def _develop(surface: Surface, scene: Scene, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def _develop(
+    surface: Surface, scene: Scene, grid: Grid, light: tuple[float, float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
     people = scene.people
     n = len(people)
     device = people.skin.device
-    light = surface.normal.new_tensor(_LIGHT)
-    light = light / light.norm()
-    lambert = (surface.normal * light[:, None]).sum(0).clamp_min(0)
+    towards = surface.normal.new_tensor(light)
+    towards = towards / towards.norm()
+    lambert = (surface.normal * towards[:, None]).sum(0).clamp_min(0)
     facing = surface.normal[2].clamp(0, 1)
     sky = surface.normal[1] * 0.05
     shade = (0.56 + 0.47 * lambert + sky) * (0.84 + 0.16 * facing)
@@ -455,11 +457,13 @@ def render(
     device: torch.device | str | None = None,
     chunk: int | None = None,
     camera: Tensor | None = None,
+    light: tuple[float, float, float] = LIGHT,
 ) -> Rendering:
     """Pictures of people [N] in poses [N] with their ground truth.
 
     Args:
         identities, poses: N people and N poses.
+        light: where it comes from, (right, up, towards the viewer), of any length.
         camera: absolute cameras [N, 3] in place of the poses' framing (see `Rendering.camera`).
         height, width: size of the pictures in pixels, 8 to 4096.
         supersample: rays per pixel along each axis, 1 to 8. Parsing is exact to 1 / supersample^2.
@@ -497,7 +501,7 @@ def render(
             if camera is not None:
                 scene = replace(scene, camera=camera[index.to(camera.device)].to(target))
             surface = trace(scene, grid)
-            image, parsing, depth = _develop(surface, scene, grid)
+            image, parsing, depth = _develop(surface, scene, grid, light)
             pieces.append(
                 Rendering(
                     image=image,

@@ -11,8 +11,10 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 
 from .body import BodyPoses, sample_poses
-from .identity import as_indices, sample_identities
-from .render import Rendering, make_scene, render
+from .identity import Identities, as_indices, sample_identities
+from .render import LIGHT, Rendering, make_scene, render
+from .shifted import LIGHT as SHIFTED_LIGHT
+from .shifted import WORLDS, shift_people
 from .twins import hide_faces, twin_poses
 
 __all__ = ["SPLITS", "PairBatch", "render_people", "render_twins", "sample_pairs"]
@@ -26,12 +28,13 @@ _STRIDE = 1 << 20
 class PairBatch:
     """N pairs: ``source`` and ``target`` show the same person in two poses.
 
-    identity: the people's indices [N] in their split, int64.
+    identity: the people's indices [N] in their split, int64. world: "usual" or "shifted" (`mannequin.shifted`).
     """
 
     source: Rendering
     target: Rendering
     identity: Tensor
+    world: str = "usual"
 
     def __len__(self) -> int:
         return self.identity.shape[0]
@@ -55,23 +58,34 @@ def render_people(
     device: torch.device | str | None = None,
     chunk: int | None = None,
     view: str | None = None,
+    kind: str = "usual",
 ) -> Rendering:
     """People [N] in K poses each, as one Rendering of N * K; row i * K + k is person i, pose k.
 
     Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1.
+    kind: of world, "usual" or "shifted" (`mannequin.shifted`), which is never trained on.
 
     Raises:
-        TruePoseError: for an unknown split or fewer than 1 pose per person.
+        TruePoseError: for an unknown split or kind or fewer than 1 pose per person.
     """
+    if kind not in WORLDS:
+        raise TruePoseError(f"the world is {kind!r}; expected one of {', '.join(WORLDS)}.")
     if not 1 <= poses_per_person <= _STRIDE:
         raise TruePoseError(f"poses_per_person is {poses_per_person}; expected at least 1.")
     index = as_indices(identity_indices)
     world = split_seed(split, seed)
     which = (index[:, None] * _STRIDE + torch.arange(poses_per_person)).flatten()
-    people = sample_identities(index, world)
+    people = people_of(index, split, seed, kind)
     people = people.select(torch.arange(len(index)).repeat_interleave(poses_per_person))
     poses = sample_poses(which, world, view)
-    return render(people, poses, height, width, supersample, device, chunk)
+    light = LIGHT if kind == "usual" else SHIFTED_LIGHT
+    return render(people, poses, height, width, supersample, device, chunk, light=light)
+
+
+def people_of(index: Tensor, split: str, seed: int = 0, kind: str = "usual") -> Identities:
+    """The people [N] of a split, by their indices, as they look in this kind of world."""
+    people = sample_identities(index, split_seed(split, seed))
+    return people if kind == "usual" else shift_people(people)
 
 
 def render_twins(
@@ -119,20 +133,22 @@ def sample_pairs(
     supersample: int = 2,
     device: torch.device | str | None = None,
     chunk: int | None = None,
+    kind: str = "usual",
 ) -> PairBatch:
     """Pairs ``indices`` (an int n means 0 .. n - 1) of a split.
 
     Pair i depends on (split, seed, i) only. Each pair is a person of its own, in two poses
-    and views drawn independently.
+    and views drawn independently. kind: of world, as in `render_people`.
 
     Raises:
-        TruePoseError: for an unknown split or indices that are not whole numbers.
+        TruePoseError: for an unknown split or kind or indices that are not whole numbers.
     """
     index = torch.arange(indices) if isinstance(indices, int) else as_indices(indices)
-    both = render_people(index, 2, split, seed, height, width, supersample, device, chunk)
+    both = render_people(index, 2, split, seed, height, width, supersample, device, chunk, kind=kind)
     order = torch.arange(len(index)) * 2
     return PairBatch(
         both.select(order.to(both.image.device)),
         both.select((order + 1).to(both.image.device)),
         index,
+        kind,
     )

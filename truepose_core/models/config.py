@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from truepose_core.alignment.control3d import Control3DConfig
 from truepose_core.errors import TruePoseError
+from truepose_core.pictures.files import MAX_SIDE, MIN_SIDE
+from truepose_core.weights.settings import read_settings
 
+CODECS = ("pixels", "vae")
+MAX_PATCH = 64
 FUSIONS = ("none", "concat", "hpfa")
 MATCHES = ("skeleton", "surface")
+ALIGNED_BY = ("skeleton", "recurrent")
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
 SKELETON = "skeleton"
 CHANNELS = {"mask": 1, "masked latent": 4, "densepose": 3}
@@ -102,10 +107,12 @@ class TruePoseConfig:
     codec: "pixels" (space to depth with `patch`, no VAE) or "vae". fusion: "none" (pose only), "concat"
     (omega = 1, beta = 0: AnimateAnyone's fusion) or "hpfa". beta and gamma are HPFA's values at the start of
     training; 0 is plain concatenation. match: what places on the body are, "skeleton" (on limb lines) or "surface" (of
-    a body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried along the
-    skeleton, a coarse warp without weights, and predicts what to change in it. size: (height, width) of the training
-    images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword arguments of diffusers' AutoencoderKL
-    where the file brings its own VAE. behaviour: how the nets are run. control3d: relative depth guidance, or None.
+    a body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried to the
+    target pose and predicts what to change in it; aligned_by: carried along the "skeleton", a coarse warp without
+    weights, or by "recurrent" alignment (`alignment.recurrent`, frozen), whose parsing is also P and read. size:
+    (height, width) of the training images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword
+    arguments of diffusers' AutoencoderKL where the file brings its own VAE. behaviour: how the nets are run. control3d:
+    relative depth guidance, or None.
     Raises TruePoseError for a choice that does not exist.
     """
 
@@ -122,6 +129,7 @@ class TruePoseConfig:
     beta: float = 0.0
     gamma: float = 0.0
     aligned: bool = False
+    aligned_by: str = "skeleton"
     match: str = "skeleton"
     vae: dict[str, Any] | None = None
     behaviour: Behaviour = Behaviour()
@@ -133,6 +141,13 @@ class TruePoseConfig:
                 "3D guidance reads SourceNet's tokens of a clean source: fusion must not be 'none', and the behaviour "
                 "this package's own"
             )
+        if self.codec not in CODECS:
+            raise TruePoseError(f"codec is {self.codec!r}; expected one of {', '.join(CODECS)}")
+        if not (1 <= self.patch <= MAX_PATCH and all(MIN_SIDE <= side <= MAX_SIDE for side in self.size)):
+            raise TruePoseError(
+                f"patch is {self.patch} and size {self.size}; expected a patch of 1 to {MAX_PATCH} pixels, and sides "
+                f"of {MIN_SIDE} to {MAX_SIDE}"
+            )
         if self.fusion not in FUSIONS:
             raise TruePoseError(f"fusion is {self.fusion!r}; expected one of {', '.join(FUSIONS)}")
         if self.prediction_type not in PREDICTIONS:
@@ -141,11 +156,20 @@ class TruePoseConfig:
             )
         if self.match not in MATCHES:
             raise TruePoseError(f"match is {self.match!r}; expected one of {', '.join(MATCHES)}")
+        if self.aligned_by not in ALIGNED_BY:
+            raise TruePoseError(f"aligned_by is {self.aligned_by!r}; expected one of {', '.join(ALIGNED_BY)}")
+        if self.recurrent and self.match != "surface":
+            raise TruePoseError("recurrent alignment needs the source's bodies: match must be 'surface'")
         if self.aligned and self.prediction_type != "sample":
             raise TruePoseError(
                 f"aligned predicts what to change in a picture, which prediction type {self.prediction_type!r} is not; "
                 "expected 'sample'"
             )
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the source is carried by recurrent alignment."""
+        return self.aligned and self.aligned_by == "recurrent"
 
     @property
     def source_unet(self) -> dict[str, Any]:
@@ -157,29 +181,8 @@ class TruePoseConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TruePoseConfig:
-        try:
-            raw = json.loads(text)
-            unknown = set(raw) - {f.name for f in fields(cls)}
-            if unknown:
-                raise TruePoseError(
-                    f"the model's metadata names unknown settings: {', '.join(sorted(unknown))}; "
-                    "it was made by a newer version of this package"
-                )
-            caa = raw.get("caa")
-            if caa is not None:
-                raw["caa"] = CAAConfig(**{**caa, "image_size": tuple(caa["image_size"])})
-            behaviour = raw.get("behaviour")
-            if behaviour is not None:
-                lists = {name: tuple(behaviour[name]) for name in ("channels", "pose_maps") if name in behaviour}
-                raw["behaviour"] = Behaviour(**{**behaviour, **lists})
-            control3d = raw.get("control3d")
-            if control3d is not None:
-                raw["control3d"] = Control3DConfig(**control3d)
-            raw["pose_widths"] = tuple(raw["pose_widths"])
-            raw["size"] = tuple(raw["size"])
-            return cls(**raw)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TruePoseError(f"the model's metadata cannot be read as a TruePose configuration: {error}") from error
+        """Raises TruePoseError for anything but what `to_json` writes."""
+        return read_settings(cls, text, "the model's configuration")
 
 
 SD_SCHEDULE = {
@@ -191,6 +194,35 @@ SD_SCHEDULE = {
 """Stable Diffusion 1.5's noise schedule (its scheduler_config.json)."""
 
 
+def large_config(
+    fusion: str = "hpfa",
+    caa: bool = True,
+    widths: tuple[int, ...] = (48, 64, 96),
+    *,
+    aligned: bool = False,
+    match: str = "surface",
+    control3d: Control3DConfig | None = None,
+) -> TruePoseConfig:
+    """The bundled model: 4x4 pixel patches of a 128x96 image (height x width), x0 prediction, no VAE. Plain
+    convolutions on the finest grid, attention at 16x12 and 8x6. aligned: by recurrent alignment."""
+    config = mannequin_config(fusion, caa, widths, aligned=aligned, control3d=control3d)
+    inner = len(widths) - 1
+    unet = {
+        **config.unet,
+        "sample_size": (32, 24),
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * inner],
+        "up_block_types": [*["CrossAttnUpBlock2D"] * inner, "UpBlock2D"],
+    }
+    return replace(
+        config,
+        unet=unet,
+        size=(128, 96),
+        match=match,
+        aligned_by="recurrent" if aligned else "skeleton",
+        caa=None if config.caa is None else replace(config.caa, image_size=(128, 96), patch_size=16),
+    )
+
+
 def mannequin_config(
     fusion: str = "hpfa",
     caa: bool = True,
@@ -198,7 +230,7 @@ def mannequin_config(
     aligned: bool = False,
     control3d: Control3DConfig | None = None,
 ) -> TruePoseConfig:
-    """The bundled model: 4x4 pixel patches of a 64x48 image, x0 prediction, no VAE."""
+    """A small model: 4x4 pixel patches of a 64x48 image (height x width), x0 prediction, no VAE."""
     unet = {
         "sample_size": (16, 12),
         "in_channels": 48,

@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from truepose_core.attention.caa import PerceiverAttention, RegionTokens, region_bias, shown_regions
 from truepose_core.attention.hpfa import REGIONS
 from truepose_core.errors import TruePoseError
-from truepose_core.models.store import load_strict
 from truepose_core.parsing import HumanParsing
+from truepose_core.weights.strict import load_strict
 
 PLAIN, PLUS = "ip-adapter", "ip-adapter-plus"
 ARCHITECTURE = "ip-adapter"
@@ -316,7 +316,7 @@ def layer_of_site(config: IPAdapterConfig, sites: Mapping[str, tuple[int, int]])
 def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32) -> RegionAdapter:
     """The adapter in a file (.safetensors, or the original's .bin). Raises TruePoseError when the file is missing,
     damaged, quantised, a pickle with code in it, or not an IP-Adapter of a known kind."""
-    from truepose_core.models.importing.reading import CheckpointReader, refuse_quantised
+    from truepose_core.weights.reading import CheckpointReader, refuse_quantised
 
     with CheckpointReader(path) as reader:
         where = reader.path.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from truepose_core.alignment.control3d import Control3D, ControlTokens
+from truepose_core.alignment.recurrent import AlignedPerson
 from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
 from truepose_core.body.places import places_of
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
-from truepose_core.features import NOISE_SEED, Level, SourceFeatures
 from truepose_core.models.codec import PixelCodec, VAECodec
 from truepose_core.models.config import SKELETON, Behaviour, CAAConfig, TruePoseConfig
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
@@ -30,7 +30,10 @@ from truepose_core.models.processors import (
     key_of,
     token_counts,
 )
+from truepose_core.models.styling import add_style_places, styling
 from truepose_core.parsing import HumanParsing
+from truepose_core.regions import Region
+from truepose_core.source.features import NOISE_SEED, Level, SourceFeatures
 
 _pose_embedding: ContextVar[Tensor | None] = ContextVar("pose_embedding", default=None)
 
@@ -128,24 +131,26 @@ def middle_site(sites: Iterable[str]) -> str:
 
 
 class AlignedEncoder(nn.Module):
-    """Reads the source's latent carried to the target pose [B, C, h, w] and how certain each cell is [B, 1, h, w].
+    """Reads the source's latent carried to the target pose [B, C, h, w], how certain each cell is [B, 1, h, w] and,
+    where the model goes by recurrent alignment, its regions [B, 7, h, w].
 
     Gives what is added after TargetNet's conv_in [B, C0, h, w], which starts at zero, and what is added to its x0
     prediction [B, C, h, w], which starts as the carried latent itself: the net learns what to change in it.
     """
 
-    def __init__(self, latent: int, width: int):
+    def __init__(self, latent: int, width: int, regions: bool = False):
         super().__init__()
-        self.conv_in = nn.Conv2d(latent + 1, 2 * width, 3, padding=1)
+        read = latent + 1 + (len(Region) if regions else 0)
+        self.conv_in = nn.Conv2d(read, 2 * width, 3, padding=1)
         self.conv_out = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.skip = nn.Conv2d(latent + 1, latent, 1)
+        self.skip = nn.Conv2d(read, latent, 1)
         for module in (self.conv_out, self.skip):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
         nn.init.dirac_(self.skip.weight)
 
-    def forward(self, latent: Tensor, certain: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.cat([latent, certain], 1)
+    def forward(self, latent: Tensor, certain: Tensor, regions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = torch.cat([latent, certain] if regions is None else [latent, certain, regions], 1)
         return self.conv_out(nn.functional.silu(self.conv_in(x))), self.skip(x)
 
 
@@ -200,7 +205,11 @@ class TruePoseModel(nn.Module):
         self.aligned_encoder: AlignedEncoder | None = None
         if config.aligned:
             net = self.target_net.config
-            self.aligned_encoder = AlignedEncoder(net.out_channels, net.block_out_channels[0])
+            self.aligned_encoder = AlignedEncoder(net.out_channels, net.block_out_channels[0], config.recurrent)
+            if config.recurrent and target_net is None:
+                # What is aligned is nearly right: what is added to it starts at nothing.
+                nn.init.zeros_(self.target_net.conv_out.weight)
+                nn.init.zeros_(self.target_net.conv_out.bias)
         self.controlnet: nn.Module | None = None
         self.hpfa: nn.ModuleDict | None = None
         if config.fusion == "hpfa":
@@ -228,6 +237,8 @@ class TruePoseModel(nn.Module):
         if self.source_net is not None and self.source_net is not self.target_net:
             install(self.source_net, None, self.caa.source_sites if self.caa else None)
         self.target_net.conv_in.register_forward_hook(_add_pose)
+        for net in {self.target_net, self.source_net} - {None}:
+            add_style_places(net)
 
     @property
     def context_width(self) -> int:
@@ -262,16 +273,18 @@ class TruePoseModel(nn.Module):
         context: Tensor | None = None,
         pooled: Tensor | None = None,
         *,
+        pose: BodyPose | None = None,
         noised_at: Sequence[tuple[int, float]] = (),
         keep_latent: bool = False,
     ) -> SourceFeatures:
         """What SourceNet knows of the clean source, after one pass at timestep 0. image [B, 3, H, W] in [0, 1], parsing
         of the same size, body [B, 18, 3] normalised keypoints or None. context, pooled: what the model reads beside the
-        picture, [B or 1, T, c] text, or [B, 1, c] where that is an embedding of the picture.
+        picture, [B or 1, T, c] text, or [B, 1, c] where that is an embedding of the picture. pose: the sources' bodies,
+        for a model that goes by the body's surface, where they are known; else they are lifted from `body`.
 
         A model that reads the source at the sampler's timestep gets it later: see `source_at`. noised_at: (timestep,
         sigma) of the noise levels at which the noised source is read instead, from the highest. keep_latent: keep it
-        for `source_noised`, and read nothing here.
+        for `read_noised`, and read nothing here.
         """
         behaviour = self.config.behaviour
         latent = self.codec.encode(image).to(self.dtype)
@@ -286,18 +299,19 @@ class TruePoseModel(nn.Module):
             image if self.config.aligned else None,
             self._context(context, latent) if behaviour.context == "image" else None,
             latent if behaviour.keeps_latent or keep_latent else None,
-            places_of(self.config.match, body, image.shape[-1] / image.shape[-2]),
+            places_of(self.config.match, body, image.shape[-1] / image.shape[-2], pose),
+            align=self.config.recurrent,
         )
         if self.config.fusion == "none" or behaviour.source_timestep == "step" or keep_latent:
             return features
         size = (image.shape[-2], image.shape[-1])
         if noised_at:
             levels = tuple(
-                Level(sigma, self._read(noised(latent, sigma), t, features.latent_size, caa, context, pooled, size))
+                self._read(noised(latent, sigma), t, features.latent_size, caa, context, pooled, size, sigma)
                 for t, sigma in noised_at
             )
-            return replace(features, sites=dict(levels[len(levels) // 2].sites), levels=levels)
-        return features.with_sites(self._read(latent, 0, features.latent_size, caa, context, pooled, size))
+            return replace(features.with_level(levels[len(levels) // 2]), levels=levels)
+        return features.with_level(self._read(latent, 0, features.latent_size, caa, context, pooled, size))
 
     def _read(
         self,
@@ -308,18 +322,20 @@ class TruePoseModel(nn.Module):
         context: Tensor | None,
         pooled: Tensor | None,
         size: tuple[int, int],
-    ) -> dict[str, Tensor]:
-        """SourceNet's tokens, site -> [B, M, C]. size: (height, width) of the picture."""
+        sigma: float = 0.0,
+    ) -> Level:
+        """What SourceNet reads of a latent noised to sigma. size: (height, width) of the picture."""
         call = SourcePass(latent_size, caa)
         when = torch.as_tensor(timestep, device=latent.device).long().expand(latent.shape[0])
-        self.source_net(
-            latent,
-            when,
-            self._context(context, latent),
-            cross_attention_kwargs={"truepose": call},
-            added_cond_kwargs=self._extra_conditions(latent, size, pooled),
-        )
-        return call.sites
+        with styling(call):
+            self.source_net(
+                latent,
+                when,
+                self._context(context, latent),
+                cross_attention_kwargs={"truepose": call},
+                added_cond_kwargs=self._extra_conditions(latent, size, pooled),
+            )
+        return Level(sigma, call.sites, call.style)
 
     def source_at(self, source: SourceFeatures, timestep: int | Tensor, *, nothing: bool = False) -> SourceFeatures:
         """The source as SourceNet reads it at a timestep, for a model that wants it so (`Behaviour.keeps_latent`).
@@ -329,24 +345,24 @@ class TruePoseModel(nn.Module):
         latent = torch.zeros_like(source.latent) if nothing else source.latent
         size = tuple(side * self.codec.patch for side in source.latent_size)
         when = timestep if self.config.behaviour.source_timestep == "step" else 0
-        sites = self._read(latent.to(self.dtype), when, source.latent_size, source.caa, source.context, None, size)
-        return source.with_sites(sites)
+        level = self._read(latent.to(self.dtype), when, source.latent_size, source.caa, source.context, None, size)
+        return source.with_level(level)
 
-    def source_noised(
+    def read_noised(
         self,
         source: SourceFeatures,
         timestep: int | Tensor,
         sigma: float,
         context: Tensor | None,
         pooled: Tensor | None,
-    ) -> SourceFeatures:
+    ) -> Level:
         """The source noised to sigma and read at a timestep, by a net that was not trained to read it clean. context,
         pooled: as in `encode_source`."""
         if source.latent is None:
             raise TruePoseError("these SourceFeatures hold no latent to read anew; encode the source for every step")
         size = tuple(side * self.codec.patch for side in source.latent_size)
         latent = noised(source.latent.to(self.dtype), sigma)
-        return source.with_sites(self._read(latent, timestep, source.latent_size, source.caa, context, pooled, size))
+        return self._read(latent, timestep, source.latent_size, source.caa, context, pooled, size, sigma)
 
     def target_pass(
         self,
@@ -361,20 +377,22 @@ class TruePoseModel(nn.Module):
         beta: float | None = None,
         gamma: float | None = None,
         strength: float = 1.0,
+        style: float = 0.0,
         alignments: dict[str, Tensor] | None = None,
     ) -> TargetPass:
         """What TargetNet needs beside noise, step and pose map.
 
         target_body: [B, 18, 3], keypoints on the target image, B a multiple of the sources. target_parsing: if the user
-        has one. keep: [B] bool, rows that see the source. The rest: see `TargetPass`. Strength 0 or region weights that
-        are all 0 are no source at all. Raises TruePoseError for a source that another model family encoded.
+        has one. keep: [B] bool, rows that see the source. The rest: see `TargetPass`. Strength 0, or region weights
+        that are all 0 without style, are no source at all. Raises TruePoseError for a source of another model family.
         """
         if source is not None and source.family != self.config.family:
             raise TruePoseError(
                 f"the source was encoded by a {source.family!r} model; this one is {self.config.family!r}. "
                 "Encode the source again with this model"
             )
-        if source is None or strength == 0 or (omega is not None and not bool(omega.any())):
+        unread = omega is not None and not bool(omega.any()) and style == 0
+        if source is None or strength == 0 or unread:
             return TargetPass(latent_size)
         prior: dict[int, Tensor] = {}
         body: dict[int, Tensor] = {}
@@ -411,6 +429,7 @@ class TruePoseModel(nn.Module):
             caa=caa,
             kv=kv,
             alignments=alignments,
+            style=style,
         )
 
     def control_tokens(
@@ -486,8 +505,10 @@ class TruePoseModel(nn.Module):
             if made is None:
                 return None
             latent = self.codec.encode(made[0]).to(self.dtype)
-            certain = nn.functional.adaptive_avg_pool2d(made[1], latent.shape[-2:]).to(self.dtype)
-        return self.aligned_encoder(latent, certain)
+            cells = (latent.shape[-2], latent.shape[-1])
+            certain = nn.functional.adaptive_avg_pool2d(made[1], cells).to(self.dtype)
+            regions = source.prior(target_body, *cells).masks.to(self.dtype) if self.config.recurrent else None
+        return self.aligned_encoder(latent, certain, regions)
 
     def denoise(
         self,
@@ -511,7 +532,7 @@ class TruePoseModel(nn.Module):
             pose = None
         if aligned is not None:
             pose = aligned[0] if pose is None else pose + aligned[0]
-        with _pose_added(pose):
+        with _pose_added(pose), styling(call) if call.style > 0 else nullcontext():
             prediction = self.target_net(
                 latent if channels is None else torch.cat([latent, channels], 1),
                 timestep,
@@ -534,24 +555,32 @@ class TruePoseModel(nn.Module):
         keep_source: Tensor,
         keep_pose: Tensor,
         target_pose: BodyPose | None = None,
+        lifted: tuple[BodyPose, BodyPose] | None = None,
+        aligned: AlignedPerson | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """One training pass: (prediction [B, C, h, w], alignments per site, the source's body as the 3D guidance
         regresses it, see `Control3D.regress`). S sources serve B = S r targets, r each in a row. keep_source,
         keep_pose: [B] bool, False where the condition is dropped. target_pose: the targets' bodies, for 3D guidance.
+        lifted: the bodies of sources and targets [B] each, and aligned: what alignment makes of each pair, where that
+        was prepared; else it is made here.
         Raises TruePoseError for a model whose behaviour is another system's."""
         if self.config.behaviour != Behaviour():
             raise TruePoseError(f"a {self.config.family} model is for use as it is; train one of this package's own")
         source = None
         if self.source_net is not None:
-            source = self.encode_source(source_image, source_parsing, source_body)
+            times = len(noisy) // len(source_image)
+            first = None if lifted is None else lifted[0].select(range(0, len(noisy), times))
+            source = self.encode_source(source_image, source_parsing, source_body, pose=first)
+            if lifted is not None:
+                source.know(target_body, lifted[1], aligned)
         alignments: dict[str, Tensor] = {}
         call = self.target_pass(
             (noisy.shape[-2], noisy.shape[-1]), source, target_body, keep=keep_source, alignments=alignments
         )
         pose = self.encode_pose(pose_map) * keep_pose[:, None, None, None]
-        aligned = None if source is None else self.encode_aligned(source, target_body)
-        if aligned is not None:
-            aligned = tuple(x * keep_source[:, None, None, None] for x in aligned)
+        carried = None if source is None else self.encode_aligned(source, target_body)
+        if carried is not None:
+            carried = tuple(x * keep_source[:, None, None, None] for x in carried)
         regressed = None
         if self.control3d is not None:
             control = self.control_tokens(
@@ -559,4 +588,4 @@ class TruePoseModel(nn.Module):
             )
             call = replace(call, control=control)
             regressed = self.control3d.regress(source.sites[middle_site(source.sites)])
-        return self.denoise(noisy, timestep, call, pose, aligned=aligned), alignments, regressed
+        return self.denoise(noisy, timestep, call, pose, aligned=carried), alignments, regressed

@@ -6,7 +6,7 @@ Processors hold no state of a run. What a forward pass needs travels in its `cro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from truepose_core.alignment.control3d import Control3DSite, ControlTokens
 from truepose_core.attention.caa import CAASite, RegionTokens
-from truepose_core.attention.hpfa import (
-    SHUT,
-    SourceTokens,
-    augment,
-    gather_tokens,
-    kept_tokens,
-    match_channels,
-)
-from truepose_core.features import SourceFeatures, grid_of
+from truepose_core.attention.fusion import fuse, is_off, keep_tokens, spread, target_regions
+from truepose_core.attention.heads import merge_heads, split_heads
+from truepose_core.attention.hpfa import SHUT, SourceTokens, match_channels
+from truepose_core.source.features import SourceFeatures, grid_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -47,11 +42,13 @@ class HPFASite(nn.Module):
 
 @dataclass
 class SourcePass:
-    """A forward pass of SourceNet: `sites` fills with the input [B, M, C] of every self-attention."""
+    """A forward pass of SourceNet: `sites` fills with the input [B, M, C] of every self-attention, `style` with the
+    moments at every place that `styling` looks at."""
 
     latent_size: tuple[int, int]
     caa: RegionTokens | None = None
     sites: dict[str, Tensor] = field(default_factory=dict)
+    style: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,7 +61,7 @@ class TargetPass:
     prior: token count -> P [B, N, 7]; given: it is the user's parsing, which CAA must not replace. body: token count ->
     the target's body coordinates [B, N, 3]. caa: the source's region tokens. kv: K and V of the source per site, kept
     between passes whose weights do not change. alignments: site -> CAA's P [B, N, 7], filled when not None.
-    control: tokens of the 3D guidance, or None.
+    control: tokens of the 3D guidance, or None. style: in [0, 1], how far the picture's moments become the source's.
     """
 
     latent_size: tuple[int, int]
@@ -81,16 +78,7 @@ class TargetPass:
     kv: dict[str, SourceTokens | None] | None = None
     alignments: dict[str, Tensor] | None = None
     control: ControlTokens | None = None
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    b, n, c = x.shape
-    return x.reshape(b, n, heads, c // heads).transpose(1, 2)
-
-
-def _merge(x: Tensor) -> Tensor:
-    b, h, n, d = x.shape
-    return x.transpose(1, 2).reshape(b, n, h * d)
+    style: float = 0.0
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, heads_at_once: int | None) -> Tensor:
@@ -117,13 +105,13 @@ class SelfAttention:
         truepose: SourcePass | TargetPass | None = None,
     ) -> Tensor:
         x = hidden_states
-        q, k, v = (_heads(f(x), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (split_heads(f(x), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
         d = q.shape[-1]
         if isinstance(truepose, SourcePass):
             truepose.sites[self.site] = x
         if isinstance(truepose, TargetPass) and truepose.source is not None and truepose.strength > 0:
             q, k, v = self._fuse(attn, x, q, k, v, truepose)
-        out = _merge(_attend(q, k, v, d**-0.5, self.heads_at_once)[..., :d])
+        out = merge_heads(_attend(q, k, v, d**-0.5, self.heads_at_once)[..., :d])
         return attn.to_out[1](attn.to_out[0](out))
 
     def _source(self, attn: Attention, call: TargetPass) -> SourceTokens | None:
@@ -135,21 +123,16 @@ class SelfAttention:
         return call.kv[self.site]
 
     def _project(self, attn: Attention, call: TargetPass) -> SourceTokens | None:
-        source = call.source
-        x, rows, body = source.sites[self.site], source.regions(self.site), source.coordinates(self.site)
-        log_w = None
-        weights = source.token_weights(self.site, call.omega)
-        if weights is not None:
-            kept = kept_tokens(weights)
-            if kept is None:
-                return None
-            index, log_w = kept
-            x, rows = gather_tokens(x, index), gather_tokens(rows, index)
-            body = None if body is None else gather_tokens(body, index)
-            log_w = log_w if bool((log_w != 0).any()) else None
-        x = x.to(attn.to_k.weight.dtype)
-        k, v = _heads(attn.to_k(x), attn.heads), _heads(attn.to_v(x), attn.heads)
-        return SourceTokens(k, v, rows, log_w, body)
+        source, tokens = call.source, call.source.sites[self.site]
+        kept = keep_tokens(tokens, source.token_weights(self.site, call.omega), call.strength)
+        if kept is None:
+            return None
+        x = kept.of(tokens).to(attn.to_k.weight.dtype)
+        k, v = (split_heads(f(x), attn.heads) for f in (attn.to_k, attn.to_v))
+        body = source.coordinates(self.site)
+        return SourceTokens(
+            k, v, kept.of(source.regions(self.site)), kept.log_w, None if body is None else kept.of(body)
+        )
 
     def _fuse(
         self, attn: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: TargetPass
@@ -158,57 +141,40 @@ class SelfAttention:
         if source is None:
             return q, k, v
         batch, n = x.shape[:2]
-        source = _for_rows(source, batch, call)
+        source = _hidden(spread(source, batch), call.keep)
         learned = self.hpfa
         beta = learned.beta.clamp(min=0) if call.beta is None and learned is not None else call.beta or 0.0
         gamma = learned.gamma.clamp(min=0) if call.gamma is None and learned is not None else call.gamma or 0.0
-        log_weight = learned.region_log_weight if learned is not None else None
-        # A match of strength 0 costs no channels.
-        rows = None if isinstance(beta, float) and beta == 0 else self._target_regions(attn, x, call)
-        body = None if isinstance(gamma, float) and gamma == 0 else call.body.get(n)
         channels = match_channels(
             source,
             q,
-            target_regions=rows,
+            target_regions=None if is_off(beta) else self._target_regions(attn, x, call),
             beta=beta,
-            region_log_weight=log_weight,
-            target_body=body,
+            region_log_weight=learned.region_log_weight if learned is not None else None,
+            target_body=None if is_off(gamma) else call.body.get(n),
             gamma=gamma,
         )
-        return augment(q, k, v, source, channels)
+        return fuse(q, k, v, [source], [channels])
 
     def _target_regions(self, attn: Attention, x: Tensor, call: TargetPass) -> Tensor | None:
-        """P: what the user gave, else CAA's alignment, else the skeleton prior."""
-        n = x.shape[1]
-        prior = call.prior.get(n)
-        if call.given or self.caa is None or call.caa is None:
-            return prior
-        # attn2 comes after attn1 in the block; its query projection reads attn1's input here.
-        _, rows = self.caa(_heads(self.attn2.to_q(x), attn.heads), call.caa, prior)
-        if call.alignments is not None:
-            call.alignments[self.site] = rows
-        return rows
+        def align(prior: Tensor | None) -> Tensor:
+            # attn2 comes after attn1 in the block; its query projection reads attn1's input here.
+            rows = self.caa(split_heads(self.attn2.to_q(x), attn.heads), call.caa, prior)[1]
+            if call.alignments is not None:
+                call.alignments[self.site] = rows
+            return rows
+
+        with_caa = self.caa is not None and call.caa is not None
+        return target_regions(call.prior.get(x.shape[1]), call.given, align if with_caa else None)
 
 
-def _for_rows(source: SourceTokens, batch: int, call: TargetPass) -> SourceTokens:
-    """The source's rows, repeated to the target's (each source serves the same number of targets), with strength and
-    dropped rows put into log w."""
-    times = batch // source.k.shape[0] if source.k.shape[0] > 1 else 1
-
-    def rep(x: Tensor | None) -> Tensor | None:
-        return x if x is None or times == 1 else x.repeat_interleave(times, 0)
-
-    log_w = rep(source.log_w)
-    shift = None
-    if call.strength < 1:
-        shift = source.k.new_full((1, 1), call.strength).log()
-    if call.keep is not None:
-        closed = torch.where(call.keep, 0.0, SHUT).to(source.k)[:, None]
-        shift = closed if shift is None else shift + closed
-    if shift is not None:
-        base = source.k.new_zeros((1, source.k.shape[2])) if log_w is None else log_w
-        log_w = (base + shift).clamp(min=SHUT)
-    return SourceTokens(rep(source.k), rep(source.v), rep(source.regions), log_w, rep(source.body))
+def _hidden(source: SourceTokens, keep: Tensor | None) -> SourceTokens:
+    """The source's rows, shut where keep [B] is False; None is all open."""
+    if keep is None:
+        return source
+    shut = torch.where(keep, 0.0, SHUT).to(source.k)[:, None]
+    base = source.k.new_zeros((1, source.k.shape[2])) if source.log_w is None else source.log_w
+    return replace(source, log_w=(base + shut).clamp(min=SHUT))
 
 
 class CrossAttention:
@@ -228,8 +194,8 @@ class CrossAttention:
         truepose: SourcePass | TargetPass | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q = _heads(attn.to_q(hidden_states), attn.heads)
-        k, v = _heads(attn.to_k(context), attn.heads), _heads(attn.to_v(context), attn.heads)
+        q = split_heads(attn.to_q(hidden_states), attn.heads)
+        k, v = split_heads(attn.to_k(context), attn.heads), split_heads(attn.to_v(context), attn.heads)
         out = _attend(q, k, v, q.shape[-1] ** -0.5, self.heads_at_once)
         if self.caa is not None and truepose is not None and truepose.caa is not None:
             prior = truepose.prior.get(q.shape[2]) if isinstance(truepose, TargetPass) else None
@@ -237,7 +203,7 @@ class CrossAttention:
             out = out + self.caa.scale.to(out) * extra
         if self.control is not None and isinstance(truepose, TargetPass) and truepose.control is not None:
             out = out + self.control(q, truepose.control, grid_of(q.shape[2], truepose.latent_size))
-        return attn.to_out[1](attn.to_out[0](_merge(out)))
+        return attn.to_out[1](attn.to_out[0](merge_heads(out)))
 
 
 class PassOn(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.store import load_strict
+from truepose_core.weights.strict import load_strict
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's normalisation, which open_clip takes where a tower names no other."""

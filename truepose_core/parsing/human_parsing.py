@@ -7,20 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.regions import (
-    LABEL_TABLES,
-    REGION_COLORS,
-    REGION_NAMES,
-    Region,
-    to_region,
-)
+from truepose_core.regions import LABEL_TABLES, REGION_COLORS, REGION_NAMES, Region, to_region
 
 N_REGIONS = len(Region)
+MAX_MASK_PIXELS = 1 << 25
+"""Of a label map that becomes masks at its own size, 28 bytes per pixel: 0.9 GB."""
 
 # How far sums may be from 1 and values below 0: rounding of the number format, and no more.
 _TOLERANCE = {
@@ -94,10 +91,11 @@ class HumanParsing:
                 f"labels run from {low} to {high}; this label set has 0 to {len(regions) - 1}. "
                 f"The known sets are {', '.join(LABEL_TABLES)}"
             )
-        rows = torch.eye(N_REGIONS, device=labels.device)[
-            torch.tensor([int(region) for region in regions], device=labels.device)
-        ]
-        return cls(rows[labels.long()].permute(0, 3, 1, 2).contiguous())
+        masks = torch.zeros(labels.shape[0], N_REGIONS, *labels.shape[1:], device=labels.device)
+        for label, region in enumerate(regions):
+            if low <= label <= high:
+                masks[:, region] += labels == label
+        return cls(masks)
 
     @classmethod
     def from_masks(cls, masks: Mapping[Region | str, Tensor]) -> HumanParsing:
@@ -146,36 +144,63 @@ class HumanParsing:
         cls,
         image: str | os.PathLike[str] | Tensor,
         table: Sequence[Region] | str = "regions",
+        size: tuple[int, int] | None = None,
     ) -> HumanParsing:
         """Read a label-map image: grey (or palette) values that are labels, or region colours.
 
         image: a file, or a tensor [B, 1 or 3, H, W] float in [0, 1] as `load_image` gives.
         table: what grey values mean (see `from_label_map`); by default they are `Region` numbers.
-        A coloured image uses `REGION_COLORS`. Raises `TruePoseError` for other values or colours:
-        a label map must not be smoothed, so save it as PNG and resize it by nearest neighbour.
+        A coloured image uses `REGION_COLORS`. size: (height, width) of the parsing, as `resize`
+        gives it, but in the memory of one region's mask; the map's own by default. Raises
+        `TruePoseError` for other values or colours, and for a map of more than `MAX_MASK_PIXELS`
+        without a size: a label map must not be smoothed, so save it as PNG and resize it by
+        nearest neighbour.
         """
         regions = _label_table(table)
         if isinstance(image, Tensor):
-            what, (labels, colors) = "the label map", _label_pixels(image)
+            what, pixels = "the label map", _label_pixels(image)
         else:
-            what, (labels, colors) = f"label map {Path(image)}", _read_label_pixels(Path(image))
+            what = f"label map {Path(image)}"
+            pixels = _read_label_pixels(Path(image), what, size)
         expected = f"expected labels 0 to {len(regions) - 1}"
-        if colors is not None:
-            nearest, region_labels = _nearest_region(colors)
-            if int(nearest.max()) <= _COLOR_TOLERANCE and bool(region_labels.any()):
-                return cls.from_labels(region_labels)
-        if labels is not None and int(labels.min()) >= 0 and int(labels.max()) < len(regions):
-            return cls.from_label_map(labels, regions)
-        if colors is None:
-            raise TruePoseError(f"{what} has values from {int(labels.min())} to {int(labels.max())}; {expected}")
-        far = nearest > _COLOR_TOLERANCE
-        b, y, x = (int(i) for i in far.nonzero()[0])
+        labels, painted = pixels.labels, pixels.painted
+        all_painted = painted is not None and bool(painted.all())
+        if all_painted:
+            shown = _translated(painted, _BIT_TO_REGION)
+            if shown.any():
+                return cls._from_label_pixels(shown, LABEL_TABLES["regions"], size)
+        if labels is not None and labels.min() >= 0 and labels.max() < len(regions):
+            return cls._from_label_pixels(labels, regions, size)
+        if painted is None or all_painted:
+            black = ", and every colour of its palette that it uses is black" if all_painted else ""
+            raise TruePoseError(
+                f"{what} has values from {labels.min()} to {labels.max()}{black}; {expected}. The known label sets "
+                f"are {', '.join(LABEL_TABLES)}"
+            )
+        at = np.unravel_index(painted.argmin(), painted.shape)
         names = ", ".join(f"{name} {color}" for name, color in zip(REGION_NAMES, REGION_COLORS, strict=True))
         raise TruePoseError(
-            f"{what} has {int(far.sum())} pixels of an unknown colour, the first at x={x} y={y} "
-            f"with RGB {tuple(colors[b, :, y, x].tolist())}; {expected} in grey, or the colours "
+            f"{what} has {(painted == 0).sum()} pixels of an unknown colour, the first at x={at[2]} y={at[1]} "
+            f"with RGB {tuple(pixels.colours[pixels.colour_of(at)].tolist())}; {expected} in grey, or the colours "
             f"{names}. Save it as PNG, without smoothing"
         )
+
+    @classmethod
+    def _from_label_pixels(
+        cls, labels: np.ndarray, regions: Sequence[Region], size: tuple[int, int] | None
+    ) -> HumanParsing:
+        """labels: [B, H, W], all in the table."""
+        height, width = labels.shape[1:]
+        if size is None or size == (height, width):
+            return cls.from_label_map(torch.from_numpy(labels.astype(np.uint8, copy=False)), regions)
+        masks = torch.zeros(labels.shape[0], N_REGIONS, *size)
+        for region in sorted(set(regions)):
+            table = np.array([r == region for r in regions] + [False] * (256 - len(regions)), np.uint8)
+            own = _translated(labels.astype(np.uint8, copy=False), table)
+            if own.any():
+                mask = torch.from_numpy(own)[:, None].float()
+                masks[:, region] = F.interpolate(mask, size, mode="bilinear", antialias=True)[:, 0]
+        return cls(masks)
 
     @property
     def batch(self) -> int:
@@ -269,44 +294,81 @@ def _label_table(table: Sequence[Region] | str) -> Sequence[Region]:
     return LABEL_TABLES[table.lower()]
 
 
-def _nearest_region(colors: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest channel difference to the nearest region colour, and that region: [B, H, W].
+def _near_region_colours() -> np.ndarray:
+    """uint8 [3, 256]: for a value of a channel, one bit for each region whose colour is near it."""
+    near = np.abs(np.arange(256)[:, None, None] - np.array(REGION_COLORS)) <= _COLOR_TOLERANCE
+    return (near << np.arange(N_REGIONS)[:, None]).sum(1).astype(np.uint8).T.copy()
 
-    colors: int16 [B, 3, H, W]. One region at a time: photographs have many pixels.
+
+_NEAR = _near_region_colours()
+# A region's bit -> the region. The colours are so far apart that no pixel is near two of them.
+_BIT_TO_REGION = np.zeros(256, np.uint8)
+_BIT_TO_REGION[1 << np.arange(N_REGIONS)] = np.arange(N_REGIONS)
+
+
+def _translated(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[values], both uint8, in no more memory than three copies of the values."""
+    return np.frombuffer(bytearray(values.tobytes().translate(table.tobytes())), np.uint8).reshape(values.shape)
+
+
+def _painted_regions(colours: np.ndarray) -> np.ndarray:
+    """The bit of the region whose colour a pixel has, 0 for none: uint8 [...].
+
+    colours: uint8 [..., 3]. Every channel is within `_COLOR_TOLERANCE`.
     """
-    nearest = colors.new_full(colors[:, 0].shape, 256)
-    labels = torch.zeros_like(nearest)
-    for region, color in zip(Region, REGION_COLORS, strict=True):
-        distance = (colors - colors.new_tensor(color)[:, None, None]).abs().amax(1)
-        labels[distance < nearest] = int(region)
-        nearest = torch.minimum(nearest, distance)
-    return nearest, labels
+    bits = _translated(colours[..., 0], _NEAR[0])
+    for channel in (1, 2):
+        bits &= _translated(colours[..., channel], _NEAR[channel])
+    return bits
 
 
-def _label_pixels(image: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A label image as (labels [B, H, W] or None, RGB 0..255 int16 [B, 3, H, W] or None)."""
+@dataclass(frozen=True, eq=False)
+class _LabelPixels:
+    """labels: integers [B, H, W] where the picture is grey or a palette's indices. painted: the pixels' region bits
+    where it may be coloured. colours: [B, H, W, 3], or [256, 3] of the palette whose indices the labels are."""
+
+    labels: np.ndarray | None
+    painted: np.ndarray | None = None
+    colours: np.ndarray | None = None
+
+    def colour_of(self, at: tuple[int, ...]) -> tuple[int, ...]:
+        """Where in `colours` a pixel's is."""
+        return at if self.colours.ndim == 4 else (self.labels[at],)
+
+
+def _label_pixels(image: Tensor) -> _LabelPixels:
     if image.dim() != 4 or image.shape[1] not in (1, 3) or not image.is_floating_point():
         raise TruePoseError(
             f"the label map is {image.dtype} {tuple(image.shape)}; expected float [B, 1 or 3, H, W] in 0..1"
         )
-    values = (image * 255).round().clamp(0, 255).to(torch.int16)
-    grey = bool((values == values[:, :1]).all())
-    return values[:, 0] if grey else None, values if image.shape[1] == 3 else None
+    values = (image * 255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return _LabelPixels(values[..., 0]) if image.shape[1] == 1 else _colour_pixels(values)
 
 
-def _read_label_pixels(path: Path) -> tuple[Tensor | None, Tensor | None]:
-    """The stored values of a label image file, as `_label_pixels` gives them."""
-    import numpy as np
+def _colour_pixels(values: np.ndarray) -> _LabelPixels:
+    """values: uint8 [B, H, W, 3]."""
+    grey = all(np.array_equal(values[..., 0], values[..., channel]) for channel in (1, 2))
+    return _LabelPixels(values[..., 0] if grey else None, _painted_regions(values), values)
 
-    from truepose_core.images import decode
 
+def _read_label_pixels(path: Path, what: str, size: tuple[int, int] | None) -> _LabelPixels:
+    """The stored values of a label image file; labels of 16 bits stay whole."""
+    from truepose_core.pictures.files import decode, image_size, refusing_damage
+
+    width, height = image_size(path)
+    if size in (None, (height, width)) and width * height > MAX_MASK_PIXELS:
+        raise TruePoseError(
+            f"{what} is {width}x{height} pixels, and its masks would take {width * height * 28 >> 20} MiB; expected at "
+            f"most {MAX_MASK_PIXELS} pixels in all. Make it smaller by nearest neighbour first"
+        )
     image = decode(path)
-    if image.mode == "L" or image.mode.startswith("I"):
-        return torch.from_numpy(np.array(image, dtype=np.int64))[None], None
-    rgb = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.int16))
-    rgb = rgb.permute(2, 0, 1)[None]
-    # Parsers write palette files whose indices are the labels.
-    if image.mode == "P":
-        return torch.from_numpy(np.array(image, dtype=np.int64))[None], rgb
-    grey = bool((rgb == rgb[:, :1]).all())
-    return rgb[:, 0] if grey else None, rgb
+    with refusing_damage(what):
+        if image.mode == "P":
+            # Parsers write palette files whose indices are the labels.
+            labels, swatch = np.array(image)[None], image.crop((0, 0, 256, 1))
+            swatch.putdata(range(256))
+            palette = np.array(swatch.convert("RGB"))[0]
+            return _LabelPixels(labels, _translated(labels, _painted_regions(palette)), palette)
+        if image.mode == "L" or image.mode.startswith("I"):
+            return _LabelPixels(np.array(image)[None])
+        return _colour_pixels(np.array(image.convert("RGB"))[None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.known import KNOWN
-from truepose_core.onnx_runtime import OnnxSession, shape_text
+from truepose_core.json_text import parse_json
+from truepose_core.networks.known import KNOWN
+from truepose_core.networks.onnx import OnnxSession, shape_text
 from truepose_core.regions import ATR_LABELS, LABEL_SETS, LIP_LABELS, REGION_NAMES, SEGFORMER_CLOTHES_LABELS, Region
 from truepose_core.regions import to_region as region_of
 
@@ -67,9 +67,9 @@ class ParserSpec:
         """Read a description such as `EXAMPLE`; `name` is used in messages. labels: a label set ("atr", "lip", "cihp",
         "pascal", "segformer_clothes") or an object {label: region} in the order of the channels."""
         try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise TruePoseError(f"{name} is not valid JSON ({error}); {EXAMPLE}") from error
+            given = parse_json(text, name)
+        except TruePoseError as error:
+            raise TruePoseError(f"{error}; {EXAMPLE}") from error
         if not isinstance(given, dict):
             raise TruePoseError(f"{name} holds a {type(given).__name__}; {EXAMPLE}")
         allowed = {field.name for field in fields(cls)} - {"name"}
@@ -144,7 +144,7 @@ def recognise(path: Path, session: OnnxSession) -> ParserSpec:
     beside = path.with_suffix(".json")
     if beside.is_file():
         try:
-            spec = ParserSpec.from_json(beside.read_text(encoding="utf-8"), str(beside))
+            spec = ParserSpec.from_json(beside.read_text(encoding="utf-8-sig"), str(beside))
         except (OSError, UnicodeDecodeError) as error:
             raise TruePoseError(f"{beside} cannot be read ({error}); save it as UTF-8 text") from error
     else:

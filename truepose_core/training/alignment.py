@@ -71,7 +71,9 @@ _MAPS = ("rest", "normal", "depth")
 class AlignPool:
     """People of the world in some poses each, rendered and lifted. What it holds at a step depends on (seed, step)."""
 
-    def __init__(self, config: AlignTrainingConfig, net: LiftNet, step: int = 0):
+    def __init__(self, config: AlignTrainingConfig, net: LiftNet, step: int = 0, *, quiet: bool = True):
+        from tqdm.auto import tqdm
+
         c = config
         if c.poses < 2:
             raise TruePoseError(f"a pair needs 2 poses of a person; got {c.poses}")
@@ -99,8 +101,10 @@ class AlignPool:
         # Slots are filled in turns of `refill`; turn t holds people t * refill and on.
         turns = c.people // c.refill
         newest = turns - 1 + step // c.refill
-        for turn in range(newest - turns + 1, newest + 1):
-            self._fill(turn)
+        with tqdm(total=c.people, desc="rendering people", unit="person", disable=quiet, leave=False) as bar:
+            for turn in range(newest - turns + 1, newest + 1):
+                self._fill(turn)
+                bar.update(c.refill)
 
     def _fill(self, turn: int) -> None:
         c = self.config
@@ -219,7 +223,7 @@ class AlignTrainer(SmallTrainer):
     def __init__(self, config: AlignTrainingConfig, out: Path, *, quiet: bool = False):
         super().__init__(config, out, quiet=quiet)
         net = lift_net(config.lift or None)
-        self.pool = AlignPool(config, net, self.step)
+        self.pool = AlignPool(config, net, self.step, quiet=quiet)
 
     def build(self) -> nn.Module:
         from truepose_core.alignment.recurrent import align_net

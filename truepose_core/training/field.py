@@ -65,10 +65,13 @@ class NearestPoses:
         self.axes = torch.linalg.svd(few, full_matrices=False)[2][:_AXES].T
         self.tree = cKDTree(((flat - self.mean) @ self.axes).numpy())
 
-    def distance(self, rotations: Tensor, also: Tensor | None = None) -> Tensor:
-        """`pose_distance` to the nearest valid pose: [N] for rotations [N, 23, 3, 3]. also: a valid pose for each."""
+    def distance(self, rotations: Tensor, also: Tensor | None = None, *, quiet: bool = True) -> Tensor:
+        """`pose_distance` to the nearest valid pose: [N] for rotations [N, 23, 3, 3]. also: a valid pose for each.
+        quiet: no progress bar."""
+        from tqdm.auto import tqdm
+
         parts = []
-        for first in range(0, len(rotations), _CHUNK):
+        for first in tqdm(range(0, len(rotations), _CHUNK), "labelling poses", disable=quiet, leave=False):
             some = rotations[first : first + _CHUNK]
             where = ((some.flatten(1).double() - self.mean) @ self.axes).numpy()
             _, found = self.tree.query(where, k=min(_NEIGHBOURS, len(self.rotations)))
@@ -116,7 +119,7 @@ def mix_poses(one: Tensor, other: Tensor, stretch: Tensor) -> Tensor:
 
 
 def labelled_poses(
-    valid: Tensor, nearest: NearestPoses, count: int, levels: tuple[float, ...], seed: int
+    valid: Tensor, nearest: NearestPoses, count: int, levels: tuple[float, ...], seed: int, *, quiet: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noised poses [count, 23, 3, 3], their distance [count] to the nearest valid one, and their noise [count].
 
@@ -126,7 +129,7 @@ def labelled_poses(
     start = valid[torch.randint(len(valid), (count,), generator=generator)]
     level = torch.tensor(levels)[torch.randint(len(levels), (count,), generator=generator)]
     noised = noise_poses(start, level, generator)
-    return noised, nearest.distance(noised, start), level
+    return noised, nearest.distance(noised, start, quiet=quiet), level
 
 
 def pose_files(folder: str | Path) -> list[Path]:
@@ -154,12 +157,12 @@ class FieldTrainer(SmallTrainer):
             valid = axis_angle_to_matrix(read_poses(pose_files(c.data), c.every)[:, 1:])
         nearest = NearestPoses(valid)
         mixed = c.noised // 4
-        noised, distances, _ = labelled_poses(valid, nearest, c.noised - mixed, LEVELS, c.seed)
+        noised, distances, _ = labelled_poses(valid, nearest, c.noised - mixed, LEVELS, c.seed, quiet=self.quiet)
         generator = torch.Generator().manual_seed(c.seed + 1)
         one, other = (valid[torch.randint(len(valid), (mixed,), generator=generator)] for _ in range(2))
         strange = mix_poses(one, other, 0.5 + 1.5 * torch.rand((mixed, 2), generator=generator))
         self.noised = torch.cat([noised, strange])
-        self.distances = torch.cat([distances, nearest.distance(strange)])
+        self.distances = torch.cat([distances, nearest.distance(strange, quiet=self.quiet)])
         return PoseField(c.width, c.depth)
 
     def describe(self) -> dict[str, Any]:

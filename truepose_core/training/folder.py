@@ -9,9 +9,66 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.framing import fit
+from truepose_core.framing.frame import fit
 from truepose_core.parsing import HumanParsing
 from truepose_core.training.data import TrainingBatch
+
+_SHOWN = 200
+"""Characters of a path that an error shows."""
+
+
+def read_pairs(table: Path) -> list[tuple[str, str]]:
+    """The (from, to) of every row of a csv file in UTF-8, with or without a byte-order mark; blanks around names do not
+    count. Raises TruePoseError, naming the line, for a file that is missing or cannot be read."""
+    if not table.is_file():
+        raise TruePoseError(f"{table} does not exist; expected a csv with the columns 'from' and 'to'")
+    pairs = []
+    try:
+        # Strict: a quote that nothing closes is an error, and not the rest of the file.
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, skipinitialspace=True, strict=True)
+            header = [name.strip() for name in next(rows, [])]
+            if not {"from", "to"} <= set(header):
+                raise TruePoseError(f"{table} has the columns {header}; expected 'from' and 'to'")
+            columns = header.index("from"), header.index("to")
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise TruePoseError(
+                        f"{table}, line {rows.line_num}: {len(row)} columns, and the first line has {len(header)}; "
+                        "expected as many. A name with a comma needs quotes"
+                    )
+                source, target = (row[column].strip() for column in columns)
+                if not source or not target:
+                    raise TruePoseError(f"{table}, line {rows.line_num}: a name is empty; expected two pictures")
+                pairs.append((source, target))
+    except UnicodeDecodeError as error:
+        raise TruePoseError(
+            f"{table} is not text in UTF-8 (byte {error.object[error.start]:#04x}); save it as csv in UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise TruePoseError(
+            f"{table}, line {rows.line_num}: {error}; expected two names separated by a comma, and every quote closed"
+        ) from error
+    except OSError as error:
+        raise TruePoseError(f"{table} cannot be read: {error.strerror}") from error
+    if not pairs:
+        raise TruePoseError(f"{table} lists no pair")
+    return pairs
+
+
+def _is_file(path: Path) -> bool:
+    # A name may be longer than any file's.
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(path.name)} characters)"
 
 
 class FolderPairs:
@@ -25,19 +82,12 @@ class FolderPairs:
     def __init__(self, folder: str | Path, size: tuple[int, int], seed: int = 0, step: int = 0):
         self.folder, self.size, self.seed, self.step = Path(folder), size, seed, step
         table = self.folder / "pairs.csv"
-        if not table.is_file():
-            raise TruePoseError(f"{table} does not exist; expected a csv with the columns 'from' and 'to'")
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            if not {"from", "to"} <= set(rows.fieldnames or ()):
-                raise TruePoseError(f"{table} has the columns {rows.fieldnames}; expected 'from' and 'to'")
-            pairs = [(row["from"], row["to"]) for row in rows]
-        if not pairs:
-            raise TruePoseError(f"{table} lists no pair")
-        missing = [p for name in {n for pair in pairs for n in pair} for p in self._files(name) if not p.is_file()]
+        pairs = read_pairs(table)
+        missing = [p for name in {n for pair in pairs for n in pair} for p in self._files(name) if not _is_file(p)]
         if missing:
             raise TruePoseError(
-                f"{len(missing)} files that {table} needs do not exist: {', '.join(map(str, sorted(missing)[:4]))}"
+                f"{len(missing)} files that {table} needs do not exist: "
+                f"{', '.join(_shortened(p) for p in sorted(missing)[:4])}"
             )
         self.targets: dict[str, list[str]] = {}
         for source, target in pairs:
@@ -54,14 +104,14 @@ class FolderPairs:
 
     def load(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """(image [3, H, W], parsing masks [7, H, W], keypoints [18, 3]) at the training size."""
-        from truepose_core.images import load_image
+        from truepose_core.pictures.files import load_image
         from truepose_core.pose import body_tensor, read_pose
 
         picture, labels, keypoints = self._files(name)
         image = load_image(picture)
         height, width = image.shape[-2:]
         frame = fit((height, width), self.size)
-        parsing = frame.apply_parsing(HumanParsing.from_label_image(labels).resize(height, width))
+        parsing = frame.apply_parsing(HumanParsing.from_label_image(labels, size=(height, width)))
         pose = read_pose(keypoints, canvas=(width, height))[0]
         body = frame.apply_keypoints(body_tensor([pose.person()]))
         return frame.apply(image)[0], parsing.masks[0], body[0]

@@ -144,7 +144,9 @@ class KeypointTrainer(SmallTrainer):
         size = SIZES[self.net.space]
         if self.pool is None or self.pool.step != step:
             if c.data == "mannequin":
-                self.pool = MannequinPool(c.people, c.poses, size, c.seed, c.fresh, step, self.config.device)
+                self.pool = MannequinPool(
+                    c.people, c.poses, size, c.seed, c.fresh, step, self.config.device, quiet=self.quiet
+                )
             else:
                 self.pool = FolderPairs(c.data, size, c.seed, step)
         pool = self.pool

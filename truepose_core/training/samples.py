@@ -25,11 +25,11 @@ def sample_sheet(
     The model samples in evaluation mode and is left in the mode it was in; no global random state is used.
     Raises TruePoseError for fewer than 1 pair or a scale below 1.
     """
-    from truepose_core.evaluation.sheet import tile
-    from truepose_core.evaluation.split import split_pairs
+    from truepose_core.mannequin.split import split_pairs
     from truepose_core.parsing import HumanParsing
+    from truepose_core.pictures.sheet import tile
     from truepose_core.pipeline import TruePosePipeline
-    from truepose_core.skeleton import draw_skeleton
+    from truepose_core.pose.skeleton import draw_skeleton
     from truepose_core.training.data import TrainingBatch
 
     if pairs < 1 or scale < 1:

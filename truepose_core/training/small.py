@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from truepose_core.errors import TruePoseError
-from truepose_core.images import atomic_write
+from truepose_core.training.checkpoint import (
+    of_this_run,
+    optimizer_state,
+    read_checkpoint,
+    uninterrupted,
+    write_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class SmallConfig:
     seed: int = 0
     save_every: int = 500
     device: str = "cpu"
+
+
+def checkpoint_of(out: Path) -> Path:
+    """Where the run of this folder keeps what it goes on from."""
+    return out / "checkpoint.safetensors"
 
 
 class SmallTrainer(ABC):
@@ -90,8 +101,9 @@ class SmallTrainer(ABC):
         )
 
     @property
-    def _checkpoint(self) -> Path:
-        return self.out / "checkpoint.safetensors"
+    def checkpoint(self) -> Path:
+        """The file that a stopped run goes on from."""
+        return checkpoint_of(self.out)
 
     def run(self) -> Path:
         """Train to the last step; returns the path of the weights. Ctrl-C writes a checkpoint first."""
@@ -137,14 +149,12 @@ class SmallTrainer(ABC):
         if not torch.isfinite(loss):
             raise TruePoseError(
                 f"the loss became {loss.item()} at step {self.step}; lower the learning rate (now "
-                f"{self.config.learning_rate}) and resume from {self._checkpoint}"
+                f"{self.config.learning_rate}) and resume from {self.checkpoint}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         # A checkpoint on Ctrl-C must not hold new weights beside old averages or an old count.
-        from truepose_core.training.train import uninterrupted
-
         with uninterrupted():
             self.optimizer.step()
             decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
@@ -155,7 +165,7 @@ class SmallTrainer(ABC):
 
     def export(self, path: Path) -> Path:
         """Write the averaged weights in float16, with the story of the run in the metadata."""
-        from truepose_core.models.store import save_small
+        from truepose_core.weights.small import save_small
 
         settings = {k: Path(v).name if isinstance(v, str) else v for k, v in asdict(self.config).items()}
         story = {**settings, "steps_done": self.step, "seconds": round(self.seconds)}
@@ -163,28 +173,23 @@ class SmallTrainer(ABC):
 
     def save(self) -> None:
         """Write a checkpoint from which a trainer of the same settings continues to the same state."""
-        from safetensors.torch import save
-
-        tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        names = [name for name, _ in self.net.named_parameters()]
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(x) for key, x in values.items()}
-        story = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-        data = save(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"story": json.dumps(story)}
-        )
-        atomic_write(self._checkpoint, data, overwrite=True)
+        with uninterrupted(f"step {self.step} is being saved: a moment"):
+            tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+            names = [name for name, _ in self.net.named_parameters()]
+            for index, values in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(x) for key, x in values.items()}
+            story = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            write_checkpoint(self.checkpoint, tensors, story)
 
     def _resume(self) -> None:
-        if not self._checkpoint.is_file():
+        path = self.checkpoint
+        if not path.is_file():
             return
-        from truepose_core.models.store import load_strict, open_tensors
+        from truepose_core.weights.strict import load_strict
 
-        metadata, tensors = open_tensors(self._checkpoint)
-        if "story" not in metadata:
-            raise TruePoseError(f"{self._checkpoint} is no checkpoint of {self.kind}; use another --out folder")
-        story = json.loads(metadata["story"])
+        story, tensors = read_checkpoint(path)
         mine = json.loads(json.dumps(asdict(self.config)))
         free = {"save_every", "device"}
         other = [
@@ -194,20 +199,16 @@ class SmallTrainer(ABC):
         ]
         if other:
             raise TruePoseError(
-                f"{self._checkpoint} was made with other settings ({'; '.join(other)}); use those, or another --out "
-                "folder"
+                f"{path} was made with other settings ({'; '.join(other)}); use those, or another --out folder"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-        load_strict(self.net, part("net."), str(self._checkpoint))
-        load_strict(self.average, part("average."), str(self._checkpoint))
-        index = {name: i for i, (name, _) in enumerate(self.net.named_parameters())}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            kind, name = key.split(".", 1)
-            state.setdefault(index[name], {})[kind] = value
+        with of_this_run():
+            state = optimizer_state(part("optimizer."), list(self.net.named_parameters()), str(path))
+            load_strict(self.net, part("net."), str(path))
+            load_strict(self.average, part("average."), str(path))
         if state:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step, self.seconds = story["step"], story["seconds"]

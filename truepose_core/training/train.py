@@ -17,11 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +30,22 @@ from truepose_core.alignment.control3d import Control3DConfig, human_prior_loss,
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.models.codec import PixelCodec
-from truepose_core.models.config import TruePoseConfig, mannequin_config
+from truepose_core.models.config import TruePoseConfig, large_config, mannequin_config
 from truepose_core.models.model import TruePoseModel
-from truepose_core.models.store import load_strict, save_model
+from truepose_core.models.store import save_model
+from truepose_core.pose.skeleton import draw_skeleton
 from truepose_core.regions import Region
-from truepose_core.skeleton import draw_skeleton
+from truepose_core.training.checkpoint import (
+    of_this_run,
+    optimizer_state,
+    read_checkpoint,
+    uninterrupted,
+    write_checkpoint,
+)
 from truepose_core.training.data import MannequinPool, TrainingBatch
 from truepose_core.training.folder import FolderPairs
+from truepose_core.weights.settings import compare_shapes
+from truepose_core.weights.strict import load_strict
 
 REGION_LOSS = {
     Region.BACKGROUND: 0.5,
@@ -57,13 +62,14 @@ REGION_LOSS = {
 class TrainingConfig:
     """What a run is made of. Two runs with equal configurations see the same data and start from the same weights.
 
-    row: "pose", "concat", "HPFA" or "HPFA+CAA". steps: optimiser steps. sources, targets: people per step and target
-    poses of each. keep: steps after which the averaged weights are written aside (for a table at equal budget).
-    base: a Stable Diffusion folder whose UNet both nets start from, or "" for random weights. data: "mannequin", or a
-    folder of pairs (`FolderPairs`). height, width: of the training pictures; 0 is the model's own size.
-    human_prior: weight of L_HPL, where the model has 3D guidance. twins: share of the mannequin's target pairs that
-    differ in depth alone (`mannequin.twins`). twin_weight: of the loss on their difference.
-    decay: share of the steps, at the end, over which the learning rate falls to zero.
+    row: one of `ROWS`. steps: optimiser steps. sources, targets: people per step and target poses of each. keep: steps
+    after which the averaged weights are written aside (for a table at equal budget). base: a Stable Diffusion folder
+    whose UNet both nets start from, or "" for random weights. data: "mannequin", or a folder of pairs (`FolderPairs`).
+    height, width: of the training pictures; 0 is the model's own size. first_source: a person's first pose in the
+    mannequin's pool is always the source, so that its alignment to the others is made once. human_prior: weight of
+    L_HPL, where the model has 3D guidance. twins: share of the mannequin's target pairs that differ in depth alone
+    (`mannequin.twins`). twin_weight: of the loss on their difference. decay: share of the steps, at the end, over which
+    the learning rate falls to zero.
 
     Raises TruePoseError for an unknown row and for a height without a width.
     """
@@ -95,6 +101,7 @@ class TrainingConfig:
     keep: tuple[int, ...] = ()
     base: str = ""
     data: str = "mannequin"
+    first_source: bool = False
     twins: float = 0.0
     height: int = 0
     width: int = 0
@@ -122,19 +129,28 @@ class TrainingConfig:
         return trainable_from_folder(self.base, config.fusion, size or (512, 384))
 
 
+_SMALL = (32, 48)
+"""Widths of the rows of the table."""
 ROWS = {
-    "pose": lambda: mannequin_config("none", caa=False),
-    "concat": lambda: mannequin_config("concat", caa=False),
-    "HPFA": lambda: mannequin_config("hpfa", caa=False),
-    "HPFA+CAA": lambda: mannequin_config("hpfa", caa=True),
-    "full": lambda: mannequin_config("hpfa", caa=True, aligned=True),
+    "pose": lambda: large_config("none", caa=False, widths=_SMALL, match="skeleton"),
+    "concat": lambda: large_config("concat", caa=False, widths=_SMALL, match="skeleton"),
+    "HPFA-skeleton": lambda: large_config("hpfa", caa=False, widths=_SMALL, match="skeleton"),
+    "HPFA": lambda: large_config("hpfa", caa=False, widths=_SMALL),
+    "HPFA+CAA": lambda: large_config("hpfa", caa=True, widths=_SMALL),
+    "aligned": lambda: large_config("hpfa", caa=True, widths=_SMALL, aligned=True),
+    "aligned-3d": lambda: large_config(
+        "hpfa", caa=True, widths=_SMALL, aligned=True, control3d=Control3DConfig(width=64, scale=DEPTH_SCALE)
+    ),
+    "full": lambda: large_config("hpfa", caa=True, aligned=True),
     "depth-base": lambda: _depth_row(None),
     "depth-decoupled": lambda: _depth_row(Control3DConfig(query="source", scale=DEPTH_SCALE)),
     "depth-2d": lambda: _depth_row(Control3DConfig(query="keypoints", scale=DEPTH_SCALE)),
     "depth-3d": lambda: _depth_row(Control3DConfig(scale=DEPTH_SCALE)),
     "depth-3d-found": lambda: _depth_row(Control3DConfig(keep_query=False, scale=DEPTH_SCALE)),
 }
-"""The four learned rows of the evaluation table, the bundled model, and the ablation of relative depth guidance: plain
+"""The learned rows of the evaluation table (pose alone; + the source by concatenation; HPFA with body match on the
+skeleton, and on the surface; + CAA; + recurrent alignment; + 3D guidance), the bundled model, and the ablation of
+relative depth guidance: plain
 concatenation, with the source carried along the skeleton; + a decoupled attention to the lifted source; + asked by the
 target's keypoints (the 2D prior); asked by its body, with L_HPL; and the last without what asks in the tokens, as the
 published formula has them."""
@@ -174,7 +190,7 @@ def region_loss_weight(masks: Tensor) -> Tensor:
 
 def alignment_loss(alignments: dict[str, Tensor], target: Any, latent_size: tuple[int, int], keep: Tensor) -> Tensor:
     """Mean cross-entropy of the alignment maps with the target's region rows, over the rows that see the source."""
-    from truepose_core.features import grid_of
+    from truepose_core.source.features import grid_of
 
     total = keep.new_zeros((), dtype=torch.float32)
     for rows in alignments.values():
@@ -184,20 +200,9 @@ def alignment_loss(alignments: dict[str, Tensor], target: Any, latent_size: tupl
     return total / max(len(alignments), 1)
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done. (Python hears signals in the main thread only.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *args: heard.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if heard and callable(before):
-        before(*heard[0])
+def checkpoint_of(out: Path) -> Path:
+    """Where the run of this folder keeps what it goes on from."""
+    return out / "checkpoint" / "state.safetensors"
 
 
 class Trainer:
@@ -226,7 +231,11 @@ class Trainer:
         self.scheduler = DDPMScheduler(**model_config.scheduler, prediction_type=model_config.prediction_type)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            parameters,
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=torch.__version__ >= (2, 4),
         )
         self.ema = EMAModel(parameters, decay=config.ema, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         self.step, self.seconds = 0, 0.0
@@ -245,13 +254,24 @@ class Trainer:
                 step=start,
                 device=self.accelerator.device,
                 twins=config.twins,
+                first_source=config.first_source,
+                prepare=self._prepared(),
+                quiet=self.quiet or not self.accelerator.is_main_process,
             )
         else:
             self.pool = FolderPairs(config.data, model_config.size, seed=config.seed, step=start)
 
+    def _prepared(self) -> str:
+        """What the pool has ready for the model of this run."""
+        config = self.model.config
+        if config.match != "surface" or self.config.twins > 0:
+            return "nothing"
+        return "alignment" if config.recurrent and self.config.first_source else "bodies"
+
     @property
-    def _checkpoint(self) -> Path:
-        return self.out / "checkpoint"
+    def checkpoint(self) -> Path:
+        """The file that a stopped run goes on from."""
+        return checkpoint_of(self.out)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
@@ -290,6 +310,8 @@ class Trainer:
             keep_source,
             keep_pose,
             target_pose,
+            batch.lifted,
+            batch.aligned,
         )
         kind = self.model.config.prediction_type
         wanted = {"sample": clean, "epsilon": noise}.get(kind)
@@ -329,6 +351,9 @@ class Trainer:
         control = self.model.config.control3d
         if control is None or control.query != "body":
             return None, None
+        if batch.lifted is not None:
+            source, target = batch.lifted
+            return source.select(range(0, len(target), len(target) // len(batch.source_body))), target
         if batch.target_pose is not None:
             return batch.source_pose, batch.target_pose
         height, width = batch.target_image.shape[-2:]
@@ -382,7 +407,7 @@ class Trainer:
             if not torch.isfinite(loss):
                 raise TruePoseError(
                     f"the loss became {loss.item()} at step {self.step}; lower the learning rate "
-                    f"(now {c.learning_rate}) and resume from {self._checkpoint}"
+                    f"(now {c.learning_rate}) and resume from {self.checkpoint}"
                 )
             self.pool.advance()
         figures["norm/gradient"] = float(self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip))
@@ -418,7 +443,7 @@ class Trainer:
         """A sample sheet: source | skeleton | result | truth, on people of the test split or the folder's own pairs."""
         if writer is None:
             return
-        from truepose_core.images import save_image
+        from truepose_core.pictures.files import save_image
         from truepose_core.training.samples import sample_sheet
 
         own = self.pool.batch(8, 1) if isinstance(self.pool, FolderPairs) else None
@@ -430,41 +455,34 @@ class Trainer:
         """Write a checkpoint from which `Trainer` continues to the same state."""
         if not self.accelerator.is_main_process:
             return
-        from safetensors.torch import save
-
-        from truepose_core.images import atomic_write
-
-        folder = self._checkpoint
-        folder.mkdir(exist_ok=True)
-        parameters = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        tensors = {
-            f"model.{k}": v.detach().cpu().contiguous().clone()
-            for k, v in self.model.state_dict().items()
-            if not k.startswith("codec.")
-        }
-        for name, average in zip(parameters, self.ema.shadow_params, strict=True):
-            tensors[f"ema.{name}"] = average.detach().cpu().contiguous().clone()
-        state = self.optimizer.state_dict()["state"]
-        for index, name in enumerate(parameters):
-            for key, value in state.get(index, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
-        story = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "ema_steps": self.ema.optimization_step,
-            "config": asdict(self.config),
-        }
-        # One file holds all, so that a checkpoint is either the old one or the new one.
-        atomic_write(folder / "state.safetensors", save(tensors, {"story": json.dumps(story)}), overwrite=True)
+        with uninterrupted(f"step {self.step} is being saved: a moment"):
+            self.checkpoint.parent.mkdir(exist_ok=True)
+            parameters = [n for n, p in self.model.named_parameters() if p.requires_grad]
+            tensors = {
+                f"model.{k}": v.detach().cpu().contiguous().clone()
+                for k, v in self.model.state_dict().items()
+                if not k.startswith("codec.")
+            }
+            for name, average in zip(parameters, self.ema.shadow_params, strict=True):
+                tensors[f"ema.{name}"] = average.detach().cpu().contiguous().clone()
+            state = self.optimizer.state_dict()["state"]
+            for index, name in enumerate(parameters):
+                for key, value in state.get(index, {}).items():
+                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+            story = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "ema_steps": self.ema.optimization_step,
+                "config": asdict(self.config),
+            }
+            # One file holds all, so that a checkpoint is either the old one or the new one.
+            write_checkpoint(self.checkpoint, tensors, story)
 
     def _resume(self) -> None:
-        from truepose_core.models.store import _open
-
-        path = self._checkpoint / "state.safetensors"
+        path = self.checkpoint
         if not path.is_file():
             return
-        metadata, tensors = _open(path, with_tensors=True)
-        story = json.loads(metadata["story"])
+        story, tensors = read_checkpoint(path)
         free = {"steps", "keep", "sample_every", "save_every"}
         # A setting that an older version did not have was at its default.
         mine, theirs = asdict(self.config), {**asdict(TrainingConfig()), **story["config"]}
@@ -481,16 +499,18 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-        load_strict(self.model, part("model."), str(path), ignore=("codec.",))
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         averages = part("ema.")
+        with of_this_run():
+            compare_shapes(
+                {n: tuple(p.shape) for n, p in named},
+                {n: tuple(x.shape) for n, x in averages.items()},
+                f"{path}, averages",
+            )
+            state = optimizer_state(part("optimizer."), named, str(path))
+            load_strict(self.model, part("model."), str(path), ignore=("codec.",))
         self.ema.shadow_params = [averages[n].clone() for n, _ in named]
-        self.ema.optimization_step = story["ema_steps"]
-        index = {name: i for i, (name, _) in enumerate(named)}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            kind, name = key.split(".", 1)
-            state.setdefault(index[name], {})[kind] = value
+        self.ema.optimization_step = story.get("ema_steps", 0)
         if state:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step, self.seconds = story["step"], story["seconds"]

@@ -37,7 +37,8 @@ def inputs() -> dict[str, object]:
 
 def test_the_node_gives_what_the_core_gives(inputs: dict) -> None:
     with torch.inference_mode():
-        image, seen, parsing = AlignSource.execute(**inputs).result
+        image, seen, parsing, source = AlignSource.execute(**inputs).result
+    assert "only where one is connected" in source.message
     source, target = shown("stand"), shown("wave")
     expected = align_person(source.image, HumanParsing(source.parsing), source.keypoints, target.keypoints)
     assert image.shape == (1, HEIGHT, WIDTH, 3) and seen.shape == (1, HEIGHT, WIDTH)

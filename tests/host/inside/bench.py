@@ -9,7 +9,10 @@ from itertools import pairwise
 import comfy.samplers
 import torch
 from fixtures.tiny import make_conditioning, make_model
-from pack.nodes import host
+from pack.nodes.host import applied as host_applied
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import source as host_source
+from pack.nodes.host import unet as host_unet
 from torch import Tensor
 
 from truepose_core.parsing import HumanParsing
@@ -38,7 +41,7 @@ def parsing(seed: int = 0, batch: int = 1, height: int = 96, width: int = 64) ->
 def source(seed: int = 1, batch: int = 1, who: object = None, height: int = 12, width: int = 8, **more: object):
     who = model() if who is None else who
     image = parsing(seed, batch, height * 8, width * 8)
-    return host.read_source(who, latent(seed + 100, batch, height, width), image, make_conditioning(5), **more)
+    return host_source.read_source(who, latent(seed + 100, batch, height, width), image, make_conditioning(5), **more)
 
 
 class _Steps(comfy.samplers.Sampler):
@@ -82,9 +85,11 @@ def sample(
     return guider.sample(noise, torch.zeros_like(noise), _Steps(), torch.tensor(sigmas), seed=seed, disable_pbar=True)
 
 
-def split(who: object, x: Tensor, sigma: float = 3.0, apart: bool = False) -> tuple[Tensor, Tensor]:
+def split(
+    who: object, x: Tensor, sigma: float = 3.0, apart: bool = False, conds: tuple[list, list] | None = None
+) -> tuple[Tensor, Tensor]:
     """Denoised predictions of one call: (positive, negative). apart: cond and uncond in calls of their own, as
-    with little memory."""
+    with little memory. conds: the two prompts."""
     out = {}
 
     class Probe(comfy.samplers.Sampler):
@@ -102,7 +107,7 @@ def split(who: object, x: Tensor, sigma: float = 3.0, apart: bool = False) -> tu
             return x
 
     guider = comfy.samplers.CFGGuider(who)
-    guider.set_conds(make_conditioning(1), make_conditioning(2))
+    guider.set_conds(*(conds or (make_conditioning(1), make_conditioning(2))))
     guider.sample(x, torch.zeros_like(x), Probe(), torch.tensor([sigma, 0.0]), disable_pbar=True)
     return out["positive"], out["negative"]
 
@@ -113,7 +118,7 @@ def reference(unet: object, sources: list, bias=None):
 
     sources: SourceFeatures of batch 1. bias(site, source, N) -> [N, M], added to the logits of source tokens.
     """
-    found = host.self_attentions(unet)
+    found = host_unet.self_attentions(unet)
 
     def patched(site: str, attn: object):
         def forward(x, context=None, value=None, mask=None, transformer_options=None):
@@ -148,7 +153,7 @@ def reference(unet: object, sources: list, bias=None):
 def apply(who: object, features: object, omega: tuple[float, ...] = ALL, **more: object) -> object:
     """Apply HPFA with negative rows kept, unless told otherwise."""
     more.setdefault("keep_unconditional", True)
-    return host.with_hpfa(who, host.AppliedSource(features, omega, **more))
+    return host_patch.with_hpfa(who, host_applied.AppliedSource(features, omega, **more))
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:

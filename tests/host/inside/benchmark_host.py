@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pack.nodes.host_benchmark_steps import Shape, measure
+from pack.nodes.host.benchmark.steps import Shape, measure
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from pack.nodes.body import (
-    GENERIC,
-    NO_FILE,
-    BodyPoseFromKeypoints,
-    CarryAlongBody,
-    LoadBodyPose,
-    RenderBody,
-)
+from pack.nodes.body import GENERIC, NO_FILE, BodyPoseFromKeypoints, CarryAlongBody, LoadBodyPose, RenderBody
 
 from truepose_core.body.person import PosedBody, carry_person
 from truepose_core.body.pictures import CHAMP_MAPS
@@ -25,7 +18,7 @@ from truepose_core.errors import TruePoseError
 from truepose_core.mannequin import ready_poses, render, sample_identities
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose import Person, Pose, body_tensor, read_pose, write_pose
-from truepose_core.pose_gallery import gallery_pose
+from truepose_core.pose.gallery import gallery_pose
 
 WIDTH, HEIGHT = 96, 128
 
@@ -152,8 +145,8 @@ def test_what_carry_refuses(person: dict) -> None:
         ({"body": person["true"]}, "the source has both a pose and a body"),
         ({"target_pose": None}, "the target has neither"),
         ({"image": person["image"][:, :96]}, "the parsing is 96x128 and the image 96x96"),
-        ({"pose": write_pose(gallery_pose("walking", 128, 128))}, "canvas is 128x128 and the picture 96x128"),
-        ({"width": 128}, "canvas is 96x128 and the picture 128x128"),
+        ({"pose": write_pose(gallery_pose("walking", 128, 128))}, "canvas of 128x128 and the picture is 96x128"),
+        ({"width": 128}, "canvas of 96x128 and the picture is 128x128"),
         ({"pose": nobody}, "the source pose: the pose has no person"),
         ({"target_pose": nobody}, "the target pose: the pose has no person"),
         ({"target_pose": away}, "outside the picture"),

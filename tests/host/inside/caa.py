@@ -20,9 +20,14 @@ from bench import apply as apply_hpfa
 from bench import close, far, latent, model, parsing, sample, source, split
 from fixtures.tiny import CONTEXT, _fill, make_conditioning, make_model
 from model import ONES, encode, keypoints, loaded, noise, person, run
-from pack.nodes import host, host_caa, host_guider, host_model, host_vision
 from pack.nodes.caa import ApplyCAA, CAAEncode, LoadCAAAdapter, LoadOpenCLIPVision
-from pack.nodes.host_vision import CAAAdapter, SourceCAA
+from pack.nodes.host import caa as host_caa
+from pack.nodes.host import guider as host_guider
+from pack.nodes.host import model as host_model
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import unet as host_unet
+from pack.nodes.host import vision as host_vision
+from pack.nodes.host.vision import CAAAdapter, SourceCAA
 from pack.nodes.model import ApplyPoseEncoder
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from patching import unet
@@ -66,7 +71,7 @@ def clip(seed: int = 0) -> comfy.clip_vision.ClipVisionModel:
 
 def adapter_weights(who: object, plus: bool, seed: int = 0) -> dict[str, Tensor]:
     """A random IP-Adapter of the model's shape."""
-    blocks = {site: block.attn2 for site, (_, block) in host.transformer_blocks(unet(who)).items()}
+    blocks = {site: block.attn2 for site, (_, block) in host_unet.transformer_blocks(unet(who)).items()}
     order = [s for part in ("input", "output", "middle") for s in blocks if s.startswith(part)]
     g = torch.Generator().manual_seed(seed)
 
@@ -129,7 +134,7 @@ def as_packs_do(
 ) -> object:
     """The model with every attn2 replaced: its own attention, plus add(site, kind, q of that kind's rows, options)."""
     clone = who.clone()
-    for site, (block, module) in host.transformer_blocks(unet(who)).items():
+    for site, (block, module) in host_unet.transformer_blocks(unet(who)).items():
 
         def replace(q: Tensor, k: Tensor, v: Tensor, extra: dict, site: str = site, module: object = module) -> Tensor:
             heads = module.attn2.heads
@@ -145,7 +150,7 @@ def as_packs_do(
 
 def layer(who: object, weights: Mapping[str, Tensor], site: str) -> tuple[Tensor, Tensor]:
     """to_k_ip and to_v_ip of a site, counted as the original counts."""
-    sites = list(host.transformer_blocks(unet(who)))
+    sites = list(host_unet.transformer_blocks(unet(who)))
     order = [s for part in ("input", "output", "middle") for s in sites if s.startswith(part)]
     number = 2 * order.index(site) + 1
     return tuple(weights[f"ip_adapter.{number}.to_{x}_ip.weight"] for x in "kv")
@@ -261,14 +266,14 @@ def test_a_bypass_leaves_nothing() -> None:
     with_both = applied(hpfa, caa)
     assert far(sample(with_both), sample(hpfa))
     assert torch.equal(before, sample(model()))
-    assert torch.equal(before, sample(host.without_hpfa(host.without_caa(with_both))))
-    assert torch.equal(sample(hpfa), sample(host.without_caa(with_both)))
-    assert torch.equal(sample(applied(model(), caa)), sample(host.without_hpfa(with_both)))
+    assert torch.equal(before, sample(host_patch.without_hpfa(host_patch.without_caa(with_both))))
+    assert torch.equal(sample(hpfa), sample(host_patch.without_caa(with_both)))
+    assert torch.equal(sample(applied(model(), caa)), sample(host_patch.without_hpfa(with_both)))
 
 
 def test_clones_share_it_and_copies_are_freed() -> None:
     patched = applied(model(), encoded())
-    (one,) = host.applied_caas(patched.clone().clone())
+    (one,) = host_patch.applied_caas(patched.clone().clone())
     assert copy.deepcopy(one) is one
     assert torch.equal(sample(patched), sample(patched.clone()))
     assert one._copies == {}
@@ -500,7 +505,7 @@ def test_on_a_truepose_model_it_replaces_and_never_counts_twice(first: bool) -> 
     assert far(truepose(caa=own_caa(), first=first, strength=0.5), own)
     assert torch.equal(truepose(caa=own_caa(), first=first, strength=0.0), own)
     twice = applied(applied(loaded().target, own_caa(11)), own_caa())
-    assert len(host.applied_caas(twice)) == 1
+    assert len(host_patch.applied_caas(twice)) == 1
 
 
 def test_regions_of_a_truepose_models_caa_can_be_turned_down() -> None:
@@ -611,7 +616,7 @@ class TestBadInput:
 
     def test_a_model_without_cross_attention(self) -> None:
         who = make_model(0)
-        for _, block in host.transformer_blocks(unet(who)).values():
+        for _, block in host_unet.transformer_blocks(unet(who)).values():
             block.attn2 = torch.nn.Identity()
         with pytest.raises(TruePoseError, match="reads no text"):
             applied(who, encoded())
@@ -628,7 +633,8 @@ class TestBadInput:
         with pytest.raises(TruePoseError, match="this IP-Adapter was made for"):
             shown = person(3, "stand")
             inputs = {"image": shown.image.movedim(1, -1), "parsing": HumanParsing(shown.parsing)}
-            run(SourceNetEncode, model=loaded().source, vae=loaded().vae, **inputs, caa=encoded())
+            inputs |= {"pose": keypoints(shown), "caa": encoded()}
+            run(SourceNetEncode, model=loaded().source, vae=loaded().vae, **inputs)
 
     def test_a_window_the_wrong_way_round(self) -> None:
         with pytest.raises(TruePoseError, match="is after end_percent"):
@@ -652,9 +658,9 @@ class TestBadInput:
             ((100, 61), (13, 7)),
             ((6, 4), (12, 8)),
         ):
-            assert host.same_shape(picture_size, cells)
+            assert host_unet.same_shape(picture_size, cells)
         for picture_size, cells in (((512, 512), (64, 96)), ((512, 800), (64, 96)), ((768, 512), (64, 96))):
-            assert not host.same_shape(picture_size, cells)
+            assert not host_unet.same_shape(picture_size, cells)
 
 
 def test_the_adapter_file_goes_by_the_models_shape() -> None:

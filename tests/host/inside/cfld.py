@@ -9,18 +9,22 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from pack.nodes import host, host_cfld, host_guider
 from pack.nodes.cfld import ApplyCFLD, LoadCFLD, RestoreCFLD
+from pack.nodes.host import applied as host_applied
+from pack.nodes.host import cfld as host_cfld
+from pack.nodes.host import guider as host_guider
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import source as host_source
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.cfld_encoder import CFLDConfig, cfld_frame, pose_maps, squash
+from truepose_core.models.cfld.encoder import CFLDConfig, cfld_frame, pose_maps, squash
 from truepose_core.models.config import SD_SCHEDULE
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose import Person, Pose, write_pose
 
 pytest.importorskip("diffusers", reason="the model to compare with is diffusers'")
-from truepose_core.models.cfld import CFLDModel
+from truepose_core.models.cfld.model import CFLDModel
 from truepose_core.models.store import save_model
 
 LIMIT = 1e-4
@@ -222,15 +226,15 @@ def test_hpfa_goes_on_top_in_either_order(first: str) -> None:
     latent = 0.5 * noise(seed=8)
     condition = encoders.encode(picture().movedim(-1, 1), pixels(keypoints()))
     positive, negative = host_cfld.conditionings(condition)
-    source = host.read_source(plain, latent, HumanParsing.from_labels(labels), positive)
+    source = host_source.read_source(plain, latent, HumanParsing.from_labels(labels), positive)
     sigma = sigma_of(plain, 500)
 
     def made(omega: float) -> Tensor:
-        applied = host.AppliedSource(source, (omega,) * 7)
+        applied = host_applied.AppliedSource(source, (omega,) * 7)
         if first == "CFLD":
-            model = host.with_hpfa(host_cfld.with_cfld(plain, condition), applied)
+            model = host_patch.with_hpfa(host_cfld.with_cfld(plain, condition), applied)
         else:
-            model = host_cfld.with_cfld(host.with_hpfa(plain, applied), condition)
+            model = host_cfld.with_cfld(host_patch.with_hpfa(plain, applied), condition)
         return through_host((model, positive, negative, None), noise(), sigma, (2.0, 2.0))
 
     expected = through_host(
@@ -260,7 +264,7 @@ def test_wrong_connections_are_named() -> None:
 
 
 def test_other_files_are_refused() -> None:
-    from truepose_core.models.store import bundled_path
+    from truepose_core.weights.strict import bundled_path
 
     with pytest.raises(TruePoseError, match=r"pytorch_model_1.bin in more_files"):
         host_cfld.load([bundled_path()])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bench import ALL, apply, close, far, model, parsing, reference, sample, source
-from pack.nodes import host
 from pack.nodes.combine import CombineSources, FreezeRegions
+from pack.nodes.host import features as host_features
 
 from truepose_core.attention.hpfa import region_rows_weight
 from truepose_core.errors import TruePoseError
@@ -53,14 +53,14 @@ def test_region_weights_act_on_top():
 def test_a_chain_of_three_is_one_source():
     people = [source(i) for i in (1, 2, 3)]
     chain = combined(combined(people[0], people[1], upper=1.0), people[2], lower=1.0)
-    assert isinstance(chain, host.CombinedHostFeatures) and len(chain.parts) == 3
+    assert isinstance(chain, host_features.CombinedHostFeatures) and len(chain.parts) == 3
     assert chain.get_ram_usage() > sum(p.nbytes for p in people)
     assert far(sample(apply(model(), chain, ALL)), sample(apply(model(), people[0], ALL)))
 
 
 def test_another_familys_donor_is_refused():
     second = source(2)
-    stranger = host.HostFeatures("sdxl", second.sites, second.latent_size, second.parsing)
+    stranger = host_features.HostFeatures("sdxl", second.sites, second.latent_size, second.parsing)
     with pytest.raises(TruePoseError, match="sdxl"):
         combined(source(1), stranger, upper=1.0)
 

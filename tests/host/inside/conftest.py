@@ -25,7 +25,9 @@ sys.argv = ["main.py"]
 import comfy.cli_args  # noqa: E402
 
 comfy.cli_args.args.cpu = not torch.cuda.is_available()
-comfy.cli_args.args.base_directory = tempfile.mkdtemp(prefix="truepose_host_")
+# Removed when Python ends.
+_base = tempfile.TemporaryDirectory(prefix="truepose_host_", ignore_cleanup_errors=True)
+comfy.cli_args.args.base_directory = _base.name
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -10,11 +10,14 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from model import denoised, keypoints, noise, person, run
-from pack.nodes import host, host_guider, host_model
+from model import denoised, keypoints, noise, run, unchecked
+from model import person as person_of
 from pack.nodes.control3d import Apply3DGuidance
+from pack.nodes.host import features as host_features
+from pack.nodes.host import guider as host_guider
+from pack.nodes.host import model as host_model
+from pack.nodes.hpfa import HPFASampler
 from pack.nodes.model import ApplyPoseEncoder
-from pack.nodes.sampler import HPFASampler
 from pack.nodes.source import ApplyHPFA, SourceNetEncode, bodies
 from torch import Tensor
 
@@ -26,6 +29,9 @@ from truepose_core.mannequin.twins import mirror_body
 from truepose_core.models.config import mannequin_config
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import REGION_NAMES
+
+CELLS = (16, 12)
+"""The grid of the model of these tests."""
 
 diffusers = pytest.importorskip("diffusers", reason="the model is made and compared with diffusers")
 from truepose_core.models.model import TruePoseModel  # noqa: E402
@@ -55,13 +61,17 @@ def file(kind: str) -> Path:
         return save_model(model, folder / f"guided-{kind}.safetensors", overwrite=True)
 
 
+def person(seed: int, pose: str) -> object:
+    return person_of(seed, pose, 64, 48)
+
+
 @lru_cache
 def loaded(kind: str = "body") -> host_model.Loaded:
     return host_model.load(file(kind))
 
 
 @lru_cache
-def encoded(kind: str = "body") -> host.HostFeatures:
+def encoded(kind: str = "body") -> host_features.HostFeatures:
     shown, net = person(3, "stand"), loaded(kind)
     return run(
         SourceNetEncode,
@@ -115,7 +125,7 @@ def through_host(model: object, kind: str, steps: int, cfg: float = 1.0, pose_cf
     else:
         guider = host_guider.make_guider(model, empty(kind), None, pose_cfg, cfg)
     euler = comfy.samplers.sampler_object("euler")
-    start = noise()
+    start = noise(cells=CELLS)
     out = guider.sample(start, torch.zeros_like(start), euler, pipe.scheduler.sigmas.float(), disable_pbar=True)
     return loaded(kind).vae.decode(out).movedim(-1, 1)
 
@@ -132,7 +142,7 @@ def through_pipeline(kind: str, steps: int, **more: object) -> Tensor:
         HumanParsing(shown.parsing),
         bodies(keypoints(shown), "the pose"),
         num_inference_steps=steps,
-        latents=noise() * scale,
+        latents=noise(cells=CELLS) * scale,
         **more,
     ).images
 
@@ -190,7 +200,7 @@ def test_a_lifted_body_is_the_pipelines() -> None:
         HumanParsing(shown.parsing),
         bodies(keypoints(shown), "the pose"),
         num_inference_steps=1,
-        latents=noise() * scale,
+        latents=noise(cells=CELLS) * scale,
     ).images
     # Lifting is done on the same numbers; what is left is float32.
     assert float((ours - theirs).abs().max()) < LIMIT
@@ -199,42 +209,48 @@ def test_a_lifted_body_is_the_pipelines() -> None:
 def test_what_keypoints_cannot_tell_makes_another_picture() -> None:
     one = body()
     other = BodyPose(mirror_body(one.theta), one.beta, one.camera)
-    a, b = (denoised(guided(target_body=placed(x)), noise()) for x in (one, other))
+    a, b = (denoised(guided(target_body=placed(x)), noise(cells=CELLS)) for x in (one, other))
     assert (a - b).abs().max() > 1e-3
 
 
 def test_a_body_on_another_canvas_is_put_into_the_models() -> None:
     """The same picture, twice as large: the camera is in frame heights."""
-    one, other = (denoised(guided(target_body=PosedBody(body(), size)), noise()) for size in ((48, 64), (96, 128)))
+    one, other = (
+        denoised(guided(target_body=PosedBody(body(), size)), noise(cells=CELLS)) for size in ((48, 64), (96, 128))
+    )
     assert torch.allclose(one, other, atol=1e-5)
     # A wider one is padded above and below: the person gets smaller.
-    assert (denoised(guided(target_body=PosedBody(body(), (96, 64))), noise()) - one).abs().max() > 1e-3
+    assert (denoised(guided(target_body=PosedBody(body(), (96, 64))), noise(cells=CELLS)) - one).abs().max() > 1e-3
 
 
 def test_it_works_in_its_window_only() -> None:
-    model = loaded("body").target
+    model = unchecked(loaded("body").target)
     late = guided(start_percent=0.9)
-    assert torch.equal(denoised(late, noise(), sigma=10.0), denoised(model, noise(), sigma=10.0))
-    assert not torch.equal(denoised(late, noise(), sigma=0.05), denoised(model, noise(), sigma=0.05))
+    assert torch.equal(denoised(late, noise(cells=CELLS), sigma=10.0), denoised(model, noise(cells=CELLS), sigma=10.0))
+    assert not torch.equal(
+        denoised(late, noise(cells=CELLS), sigma=0.05), denoised(model, noise(cells=CELLS), sigma=0.05)
+    )
 
 
 def test_applying_leaves_the_model_as_it_was_and_the_last_one_counts() -> None:
-    model = loaded("body").target
-    before = denoised(model, noise())
+    model = unchecked(loaded("body").target)
+    before = denoised(model, noise(cells=CELLS))
     once = guided()
-    assert torch.equal(denoised(guided("body", guided(strength=2.0)), noise()), denoised(once, noise()))
-    assert torch.equal(denoised(model, noise()), before)
+    assert torch.equal(
+        denoised(guided("body", guided(strength=2.0)), noise(cells=CELLS)), denoised(once, noise(cells=CELLS))
+    )
+    assert torch.equal(denoised(model, noise(cells=CELLS)), before)
 
 
 def test_a_batch_of_bodies_is_each_on_its_own() -> None:
     both = BodyPose(*(torch.cat([getattr(body(n), f) for n in ("walk", "wave")]) for f in ("theta", "beta", "camera")))
-    start = torch.cat([noise(0), noise(1)])
+    start = torch.cat([noise(0, CELLS), noise(1, CELLS)])
     together = denoised(guided(target_body=placed(both)), start)
     for i, name in enumerate(("walk", "wave")):
         alone = denoised(guided(target_body=placed(body(name))), start[i : i + 1])
         assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
     with pytest.raises(TruePoseError, match="2 target bodies and 3 latents"):
-        denoised(guided(target_body=placed(both)), noise().expand(3, -1, -1, -1))
+        denoised(guided(target_body=placed(both)), noise(cells=CELLS).expand(3, -1, -1, -1))
 
 
 def test_the_sampler_guides_by_itself() -> None:

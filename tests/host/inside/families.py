@@ -15,8 +15,10 @@ import folder_paths
 import pytest
 import torch
 from bench import split
-from pack.nodes import host, host_model
 from pack.nodes.combine import CombineSources
+from pack.nodes.host import model as host_model
+from pack.nodes.host import nets as host_nets
+from pack.nodes.host import patch as host_patch
 from pack.nodes.model import ApplyPoseEncoder, EmptyLatent, LoadModel, PictureContext
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from torch import Tensor
@@ -27,13 +29,14 @@ import systems as fam
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from truepose_core.errors import TruePoseError
+from truepose_core.importing.convert import convert
 from truepose_core.models.codec import VAECodec
 from truepose_core.models.config import SD_SCHEDULE, TruePoseConfig
-from truepose_core.models.importing.convert import convert
 from truepose_core.models.model import TruePoseModel
-from truepose_core.models.store import load_model, load_strict, read_metadata, save_model
+from truepose_core.models.store import load_model, save_model
 from truepose_core.pipeline import TruePosePipeline
 from truepose_core.regions import REGION_NAMES
+from truepose_core.weights.strict import load_strict, read_metadata
 
 ONES = dict.fromkeys(REGION_NAMES, 1.0)
 LEFFA = ("leffa-sd15", "leffa-sdxl")
@@ -117,7 +120,7 @@ def both(kind: str) -> Both:
 def host_vae(config: TruePoseConfig) -> object:
     """What the host's Load VAE would give."""
     settings = {**fam.SMALL_VAE, "norm_num_groups": 32, "scaling_factor": 0.18215}
-    return host_model._make_vae(replace(config, vae=settings), small_vae().state_dict(), "test")
+    return host_nets._make_vae(replace(config, vae=settings), small_vae().state_dict(), "test")
 
 
 def with_vae(path: Path) -> TruePoseModel:
@@ -301,11 +304,11 @@ class TestReadAtEveryStep:
         assert worst(sampled(made, model), ours) == 0
         # Nothing stays: without the node it is what it was, and strength 0 is no node.
         assert worst(sampled(made, posed_model), bare) == 0
-        assert worst(sampled(made, host.without_hpfa(model)), bare) == 0
+        assert worst(sampled(made, host_patch.without_hpfa(model)), bare) == 0
         assert (
             worst(sampled(made, run(ApplyHPFA, model=posed_model, source=source, **ONES, strength=0.0)[0]), bare) == 0
         )
-        assert not host.without_hpfa(model).get_additional_models() and len(model.get_additional_models()) == 1
+        assert not host_patch.without_hpfa(model).get_additional_models() and len(model.get_additional_models()) == 1
 
     def test_source_net_runs_once_for_each_row_that_is_there(self) -> None:
         """A guided step reads the source and the zeros, a step without guidance the source; at that step's timestep."""
@@ -410,7 +413,7 @@ def test_the_source_net_reads_what_the_core_reads() -> None:
     made = both("animate-anyone")
     ours = encoded(made)
     theirs = made.core.encode_source(fam.picture(1), fam.dressed(), context=embedding()[:, None])
-    names = host_model.host_sites(made.source.model.model_config.unet_config)
+    names = host_nets.host_sites(made.source.model.model_config.unet_config)
     assert {names[site] for site in theirs.sites} == set(ours.sites)
     for site, tokens in theirs.sites.items():
         assert float((ours.sites[names[site]] - tokens).abs().max()) < 1e-4, site

@@ -10,16 +10,17 @@ import pytest
 import torch
 from bench import model, sample
 from fixtures.tiny import make_conditioning
-from model import denoised, empty, keypoints, loaded, noise, person, posed, run, with_source
-from pack.nodes import host_field, host_guider
+from model import denoised, empty, keypoints, loaded, noise, person, posed, run, unchecked, with_source
 from pack.nodes.field import PoseFieldGuidance
+from pack.nodes.host import field as host_field
+from pack.nodes.host import guider as host_guider
 from pack.nodes.source import bodies
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 from truepose_core.guidance.field import FieldGuidance, field_step, load_energy
 from truepose_core.guidance.keypoints import KeypointPredictor
-from truepose_core.models.store import save_small
+from truepose_core.weights.small import save_small
 
 
 def guided(who: object, name: str | None = "walk", **more: object) -> object:
@@ -82,7 +83,7 @@ def test_every_sampler_takes_it(sampler: str) -> None:
         guider.set_cfg(2.0)
         sigmas = comfy.samplers.calculate_sigmas(who.get_model_object("model_sampling"), "normal", 3)
         method = comfy.samplers.sampler_object(sampler)
-        return guider.sample(noise(1), torch.zeros(1, 48, 16, 12), method, sigmas, disable_pbar=True, seed=7)
+        return guider.sample(noise(1), torch.zeros(1, 48, 32, 24), method, sigmas, disable_pbar=True, seed=7)
 
     plain, moved = drawn(who), drawn(guided(who))
     assert bool(moved.isfinite().all()) and float((plain - moved).abs().max()) > 1e-3
@@ -94,7 +95,7 @@ def test_our_guider_takes_it() -> None:
 
     def drawn(one: object) -> Tensor:
         guider = host_guider.make_guider(one, empty(), None, 2.0, 2.0)
-        return host_guider.sample(guider, {"samples": torch.zeros(1, 48, 16, 12)}, 0, 2, "euler", "normal")["samples"]
+        return host_guider.sample(guider, {"samples": torch.zeros(1, 48, 32, 24)}, 0, 2, "euler", "normal")["samples"]
 
     assert float((drawn(who) - drawn(guided(who))).abs().max()) > 1e-3
 
@@ -102,12 +103,12 @@ def test_our_guider_takes_it() -> None:
 def test_several_poses_share_a_batch() -> None:
     x = torch.cat([noise(i) for i in range(4)])
     both = keypoints(person(5, "walk")) + keypoints(person(5, "kick"))
-    together = denoised(guided(loaded().target, None, target_pose=both), x)
+    together = denoised(guided(unchecked(), None, target_pose=both), x)
     for i in range(4):
-        alone = denoised(guided(loaded().target, "walk" if i < 2 else "kick"), x[i : i + 1])
+        alone = denoised(guided(unchecked(), "walk" if i < 2 else "kick"), x[i : i + 1])
         assert float((together[i : i + 1] - alone).abs().max()) < 1e-4
     with pytest.raises(TruePoseError, match="2 target poses cannot be shared among 3 pictures"):
-        denoised(guided(loaded().target, None, target_pose=both), x[:3])
+        denoised(guided(unchecked(), None, target_pose=both), x[:3])
 
 
 def test_it_can_be_put_on_twice_and_taken_off() -> None:
@@ -157,17 +158,17 @@ def test_guided_sampling_is_the_pipelines() -> None:
     pytest.importorskip("diffusers", reason="parity compares with the diffusers pipeline")
     import parity
 
-    options = FieldGuidance(scale=50.0, mu=20.0, start=0.0, end=0.6)
+    options = FieldGuidance(scale=1000.0, mu=20.0, start=0.0, end=0.9)
     theirs = parity.through_pipeline(noise(), 4, None, field_guidance=options)
-    who = guided(with_source(posed()), end_percent=0.6)
+    who = guided(with_source(posed()), scale=1000.0, end_percent=0.9)
     pipe = parity.pipeline()
     pipe.scheduler.set_timesteps(4)
     guider = comfy.samplers.CFGGuider(who)
     guider.set_conds(empty(), empty())
     guider.set_cfg(1.0)
     euler = comfy.samplers.sampler_object("euler")
-    out = guider.sample(noise(), torch.zeros(1, 48, 16, 12), euler, pipe.scheduler.sigmas.float(), disable_pbar=True)
+    out = guider.sample(noise(), torch.zeros(1, 48, 32, 24), euler, pipe.scheduler.sigmas.float(), disable_pbar=True)
     ours = loaded().vae.decode(out).movedim(-1, 1)
     assert parity.gap(ours, theirs, "4 Euler steps, pose field") < parity.LIMIT
     plain = parity.through_pipeline(noise(), 4, None)
-    assert float((plain - theirs).abs().max()) > 1e-3
+    assert float((plain - theirs).abs().max()) > 3 * parity.LIMIT

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pack.nodes.framing import OWN_SIZE, FramePerson, HandsAndFace, PasteBack
+from pack.nodes.photo import OWN_SIZE, FramePerson, HandsAndFace, PasteBack
 
 from truepose_core.errors import TruePoseError
-from truepose_core.framing import BUCKETS
+from truepose_core.framing.crop import BUCKETS
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose import read_pose
 

@@ -13,7 +13,9 @@ import torch
 from bench import GREY, apply, close, far, model, sample, source
 from fixtures.tiny import _fill, make_model
 from model import ONES, denoised, keypoints, noise, person, run
-from pack.nodes import host, host_model
+from pack.nodes.host import model as host_model
+from pack.nodes.host import unet as host_unet
+from pack.nodes.model import ApplyPoseEncoder
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from patching import unet
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,9 @@ from torch import Tensor
 import nodes as host_nodes
 from truepose_core.models.config import mannequin_config
 from truepose_core.parsing import HumanParsing
+
+CELLS = (16, 12)
+"""The grid of the models of these tests."""
 
 # ------------------------------------------------------------------------------------------------- AnimateAnyone
 
@@ -47,7 +52,7 @@ def normed_inputs(net: object, latent: Tensor, context: Tensor) -> dict[str, Ten
     found: dict[str, Tensor] = {}
     hooks = [
         block.norm1.register_forward_hook(lambda _, args, out, site=site: found.__setitem__(site, out.clone()))
-        for site, (_, block) in host.transformer_blocks(net).items()
+        for site, (_, block) in host_unet.transformer_blocks(net).items()
     ]
     try:
         net(latent, torch.zeros(latent.shape[0]), context=context)
@@ -75,30 +80,31 @@ def concatenated(attn: torch.nn.Module, bank: Tensor):
 @pytest.mark.parametrize("fusion", ["concat", "hpfa"])
 def test_without_weights_and_match_it_is_animate_anyones_fusion(fusion: str) -> None:
     made = two_nets(fusion)
-    shown, target = person(3, "stand"), keypoints(person(5, "walk"))
+    shown, target = person(3, "stand", 64, 48), keypoints(person(5, "walk"))
+    (posed,) = run(ApplyPoseEncoder, model=made.target, pose=target)
     image = shown.image.movedim(1, -1)
     context = host_model.empty_conditioning(made.adapter)[0][0]
     inputs = {"image": image, "parsing": HumanParsing(shown.parsing), "pose": keypoints(shown)}
     (features,) = run(SourceNetEncode, model=made.source, vae=made.vae, **inputs)
     # What a model learned to match is set aside; one that only concatenates has nothing to set aside.
     as_set = {} if fusion == "concat" else {"match": "as set", "region_match": 0.0, "body_match": 0.0}
-    (patched,) = run(ApplyHPFA, model=made.target, source=features, target_pose=target, **ONES, **as_set)
-    ours = denoised(patched, noise())
+    (patched,) = run(ApplyHPFA, model=posed, source=features, target_pose=target, **ONES, **as_set)
+    ours = denoised(patched, noise(cells=CELLS))
     bank = normed_inputs(made.source.model.diffusion_model, made.vae.encode(image), context)
     net = made.target.model.diffusion_model
-    attentions = {site: attn for site, (_, attn) in host.self_attentions(net).items()}
+    attentions = {site: attn for site, (_, attn) in host_unet.self_attentions(net).items()}
     try:
         for site, attn in attentions.items():
             attn.forward = concatenated(attn, bank[site])
-        theirs = denoised(made.target, noise())
+        theirs = denoised(posed, noise(cells=CELLS))
     finally:
         for attn in attentions.values():
             del attn.forward
     assert close(ours, theirs)
-    assert far(ours, denoised(made.target, noise()))
+    assert far(ours, denoised(posed, noise(cells=CELLS)))
     if fusion == "hpfa":
-        (learned,) = run(ApplyHPFA, model=made.target, source=features, target_pose=target, **ONES)
-        assert far(denoised(learned, noise()), ours)
+        (learned,) = run(ApplyHPFA, model=posed, source=features, target_pose=target, **ONES)
+        assert far(denoised(learned, noise(cells=CELLS)), ours)
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA files

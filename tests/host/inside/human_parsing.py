@@ -11,15 +11,20 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from pack.nodes import TruePoseExtension, host_files, human_parsing
+from pack.nodes import TruePoseExtension, human_parsing
+from pack.nodes.host import files as host_files
+from pack.nodes.host.unet import say_once
 from pack.nodes.human_parsing import DOWNLOAD, KEYPOINTS, MERGED, HumanParsingNode
 from pack.nodes.mannequin import Mannequin
 from pack.nodes.model import LoadModel
 from pack.nodes.parsing import EditParsing
+from pack.nodes.schema import to_core
+from pack.nodes.source import bodies
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models import known
-from truepose_core.parsing import onnx_parser
+from truepose_core.networks import known
+from truepose_core.parsing import onnx as onnx_parser
+from truepose_core.parsing.from_keypoints import parse_from_keypoints
 from truepose_core.regions import REGION_NAMES, Region
 
 FOLDER = Path(folder_paths.get_folder_paths("truepose")[0])
@@ -59,6 +64,8 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Network]:
     for network in networks.values():
         network.path.write_bytes(b"")
     monkeypatch.setattr(onnx_parser, "open_session", lambda path, provider: networks[Path(path).name])
+    for module in (onnx_parser, human_parsing):
+        monkeypatch.setattr(module, "check_runtime", lambda provider: None)
     yield networks
     for network in networks.values():
         network.path.unlink()
@@ -204,6 +211,18 @@ def test_without_onnxruntime_it_says_what_to_install(
         (FOLDER / "parsing_atr.onnx").unlink()
 
 
+@pytest.mark.parametrize("parser", [f"schp-atr{DOWNLOAD}", MERGED])
+@pytest.mark.parametrize("download", [False, True])
+def test_missing_onnxruntime_is_said_before_anything_is_fetched(
+    photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch, parser: str, download: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(known, "download", lambda *_, **__: pytest.fail("something was fetched"))
+    with pytest.raises(TruePoseError, match="onnxruntime, which is not installed") as caught:
+        run(HumanParsingNode, image=photo, parser=parser, download=download)
+    assert f"{sys.executable} -m pip install onnxruntime" in str(caught.value)
+
+
 # --------------------------------------------------------------------------------------------------- keypoints
 
 
@@ -214,6 +233,21 @@ def test_keypoints_need_no_file() -> None:
     assert parsing.size == (256, 192) and "without a model" in info
     person, found = 1 - true.mask("background") > 0.5, mask > 0.5
     assert (person & found).sum() / (person | found).sum() > 0.6
+
+
+def test_without_opencv_keypoints_give_shapes_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    say_once.cache_clear()
+    image, _, pose, *_ = run(Mannequin, seed=3, pose="stand", width=192, height=256)
+    for _ in range(2):
+        parsing, _, _, info = run(HumanParsingNode, image=image, pose=pose)
+    expected = parse_from_keypoints(to_core(image, "the image"), bodies(pose, "the pose"), refine=False)
+    assert torch.equal(parsing.masks, expected.masks)
+    assert "shapes alone" in info
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"{sys.executable} -m pip install opencv-python-headless" in said and "restart" in said
 
 
 def test_keypoints_without_a_pose_or_of_another_picture_are_refused(photo: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from pathlib import Path
 
 import folder_paths
@@ -11,7 +12,11 @@ import pytest
 import torch
 from bench import far, model, sample
 from fixtures.tiny import make_conditioning, make_model, make_vae
-from pack.nodes import TruePoseExtension, host
+from pack.nodes import TruePoseExtension
+from pack.nodes import schema as nodes_schema
+from pack.nodes.host import call as host_call
+from pack.nodes.host import features as host_features
+from pack.nodes.host import patch as host_patch
 from pack.nodes.parsing import ParsingFromLabels, ParsingFromMasks, ParsingToMasks, ParsingToSEGS
 from pack.nodes.pose import PASTED, DrawSkeleton, LoadPose
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
@@ -55,7 +60,7 @@ def all_nodes() -> list[type]:
 
 
 def test_every_node_is_documented() -> None:
-    docs = Path(host.__file__).parents[1] / "web" / "docs"
+    docs = Path(host_call.__file__).parents[2] / "web" / "docs"
     for node in all_nodes():
         schema = node.GET_SCHEMA()
         assert schema.node_id.startswith("TruePose") and schema.category.split("/")[0] == "TruePose"
@@ -67,12 +72,27 @@ def test_every_node_is_documented() -> None:
             assert f"**{one.id}**" in page, f"{schema.node_id}.md does not speak of {one.id}"
 
 
+def test_no_menu_is_long_and_common_names_say_whose_they_are() -> None:
+    menus = Counter(node.GET_SCHEMA().category for node in all_nodes())
+    assert set(menus) == {f"TruePose/{name}" for name in nodes_schema.MENU}
+    assert min(menus.values()) >= 2 and max(menus.values()) <= 10
+    listed = [name for names in nodes_schema.MENU.values() for name in names]
+    assert sorted(listed) == sorted(node.GET_SCHEMA().node_id.removeprefix("TruePose") for node in all_nodes())
+    names = {node.GET_SCHEMA().display_name for node in all_nodes()}
+    assert {"Load Pose (TruePose)", "Mannequin (TruePose)", "SourceNet Encode"} <= names
+
+
+def test_the_models_folder_is_there() -> None:
+    """To put files into, before anything was downloaded or converted."""
+    assert Path(folder_paths.models_dir, "truepose").is_dir()
+
+
 def test_encode_and_apply(vae: object) -> None:
     image, parsing = person()
     (source,) = run(
         SourceNetEncode, model=model(), vae=vae, image=image, parsing=parsing, conditioning=make_conditioning(3)
     )
-    assert isinstance(source, host.HostFeatures) and source.latent_size == (12, 8)
+    assert isinstance(source, host_features.HostFeatures) and source.latent_size == (12, 8)
     (patched,) = run(ApplyHPFA, model=model(), source=source)
     assert far(sample(patched), sample(model()))
     (same,) = run(ApplyHPFA, model=model(), source=source, strength=0.0)
@@ -89,9 +109,10 @@ def test_odd_sizes_and_alpha(vae: object, channels: int) -> None:
     (source,) = run(SourceNetEncode, model=model(), vae=vae, image=image, parsing=parsing, pose=pose(1, 67, 101))
     assert source.latent_size == (13, 9)
     assert source.parsing.size == (104, 72)
-    # Keypoints keep their pixel when the picture grows at its right and bottom edges.
+    # Keypoints keep their pixel when the picture grows on all sides.
     given = torch.tensor(pose(1, 67, 101)[0]["people"][0]["pose_keypoints_2d"]).reshape(18, 3)[:, :2]
-    assert torch.allclose(source.body[0, :, :2] * torch.tensor([72.0, 104.0]), given, atol=1e-3)
+    middle = torch.tensor([(72 - 67) // 2, (104 - 101) // 2])
+    assert torch.allclose(source.body[0, :, :2] * torch.tensor([72.0, 104.0]), given + middle, atol=1e-3)
     assert bool(sample(run(ApplyHPFA, model=model(), source=source)[0], height=13, width=9).isfinite().all())
 
 
@@ -100,11 +121,11 @@ def test_target_pose_carries_the_parsing(vae: object) -> None:
     (source,) = run(SourceNetEncode, model=model(), vae=vae, image=image, parsing=parsing, pose=pose())
     (plain,) = run(ApplyHPFA, model=model(), source=source)
     (carried,) = run(ApplyHPFA, model=model(), source=source, target_pose=pose(1))
-    applied = host.applied_sources(carried)[0]
+    applied = host_patch.applied_sources(carried)[0]
     assert applied.target is not None and applied.target.size == parsing.size
     assert far(sample(plain), sample(carried))
     (given,) = run(ApplyHPFA, model=model(), source=source, target_pose=pose(1), target_parsing=parsing)
-    assert torch.equal(host.applied_sources(given)[0].target.masks, parsing.masks)
+    assert torch.equal(host_patch.applied_sources(given)[0].target.masks, parsing.masks)
 
 
 class TestEncodeRefuses:

@@ -7,26 +7,32 @@ from itertools import pairwise
 import pytest
 import torch
 from bench import ALL, GREY, apply, close, far, latent, model, parsing, sample, source, split
+from comfy.patcher_extension import WrappersMP
 from fixtures.tiny import make_conditioning, make_model, make_vae
-from pack.nodes import host
 from pack.nodes.combine import CombineSources
+from pack.nodes.host import features as host_features
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import source as host_source
+from pack.nodes.host import unet as host_unet
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.features import nearest_level
+from truepose_core.source.features import NOISE_SEED, nearest_level
 
 SIGMAS = (9.0, 4.0, 1.5, 0.6, 0.0)
 
 
-def read(levels: int, anew: bool = False, seed: int = 1, batch: int = 1, who: object = None) -> host.HostFeatures:
+def read(
+    levels: int, anew: bool = False, seed: int = 1, batch: int = 1, who: object = None
+) -> host_features.HostFeatures:
     return source(seed, batch, who, levels=levels, anew=anew)
 
 
-def noised(features: host.HostFeatures, who: object, seed: int, sigma: float, batch: int = 1) -> Tensor:
+def noised(features: host_features.HostFeatures, who: object, seed: int, sigma: float, batch: int = 1) -> Tensor:
     """What a checkpoint's UNet is given: the latent with fixed noise, scaled down to a variance of about one."""
     z = who.model.process_latent_in(latent(seed + 100, batch))
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(host.NOISE_SEED))
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
     alpha = 1 / (1 + sigma**2)
     return alpha**0.5 * z + (1 - alpha) ** 0.5 * noise
 
@@ -35,7 +41,7 @@ def in_front_of_attention(who: object, x: Tensor, sigma: float) -> dict[str, Ten
     """The slow way: hooks on norm1 in a plain call of the UNet."""
     unet, found, hooks = who.model.diffusion_model, {}, []
     t = who.model.model_sampling.timestep(torch.full((x.shape[0],), sigma)).float()
-    for site, (_, block) in host.transformer_blocks(unet).items():
+    for site, (_, block) in host_unet.transformer_blocks(unet).items():
         hooks.append(block.norm1.register_forward_hook(lambda m, i, o, site=site: found.__setitem__(site, o.clone())))
     try:
         unet(x, t, context=make_conditioning(5)[0][0].expand(x.shape[0], -1, -1), transformer_options={})
@@ -71,7 +77,7 @@ def test_a_step_reads_the_level_nearest_in_log_snr() -> None:
     assert nearest_level(features.levels, 0.0) == 2 and nearest_level(features.levels, 1e9) == 0
     x = latent(9)
     for level in features.levels:
-        alone = host.HostFeatures(features.family, dict(level.sites), features.latent_size, features.parsing)
+        alone = host_features.HostFeatures(features.family, dict(level.sites), features.latent_size, features.parsing)
         ours = split(apply(model(), features, GREY), x * level.sigma, level.sigma)
         theirs = split(apply(model(), alone, GREY), x * level.sigma, level.sigma)
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -82,7 +88,7 @@ def test_every_step_is_one_level_at_that_step() -> None:
     features = read(1, anew=True)
     for sigma in (7.3, 2.2, 0.41):
         sites = in_front_of_attention(model(), noised(features, model(), 1, sigma), sigma)
-        alone = host.HostFeatures(features.family, sites, features.latent_size, features.parsing)
+        alone = host_features.HostFeatures(features.family, sites, features.latent_size, features.parsing)
         ours = split(apply(model(), features, GREY), x * sigma, sigma)
         theirs = split(apply(model(), alone, GREY), x * sigma, sigma)
         assert all(close(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -91,9 +97,9 @@ def test_every_step_is_one_level_at_that_step() -> None:
 @pytest.mark.parametrize("family", ["SD15", "SDXL"])
 def test_more_levels_tend_to_every_step_and_as_many_as_steps_are_it(family: str) -> None:
     who, x, count = model(family=family), latent(9), 8
-    steps = host.level_sigmas(who, count)
+    steps = host_source.level_sigmas(who, count)
 
-    def guided(features: host.HostFeatures) -> Tensor:
+    def guided(features: host_features.HostFeatures) -> Tensor:
         patched = apply(who, features)
         return torch.cat([torch.cat(split(patched, x * (1 + s * s) ** 0.5, s)) / (1 + s) for s in steps])
 
@@ -110,7 +116,7 @@ def test_reading_for_itself_needs_no_second_model_and_leaves_nothing() -> None:
     assert not patched.get_additional_models()
     assert torch.equal(sample(patched), sample(patched))
     assert torch.equal(sample(model()), before)
-    assert torch.equal(sample(host.without_hpfa(patched)), before)
+    assert torch.equal(sample(host_patch.without_hpfa(patched)), before)
     other = apply(make_model(0), read(1, anew=True))
     assert len(other.get_additional_models()) == 1
     assert close(sample(other), sample(patched))
@@ -126,7 +132,7 @@ def test_rows_in_calls_of_their_own_read_the_same() -> None:
 def test_only_the_level_in_use_is_on_the_device() -> None:
     features = read(3)
     patched = apply(model(), features)
-    (applied,) = host.applied_sources(patched)
+    (applied,) = host_patch.applied_sources(patched)
     held = []
     watched = patched.clone()
     watched.set_model_sampler_post_cfg_function(
@@ -150,7 +156,7 @@ def test_regions_and_matches_work_at_levels() -> None:
 
 
 class TestCombining:
-    def both(self, **more: object) -> tuple[host.HostFeatures, host.HostFeatures]:
+    def both(self, **more: object) -> tuple[host_features.HostFeatures, host_features.HostFeatures]:
         return read(2, **more), read(2, seed=2, **more)
 
     def test_levels_are_combined_each(self) -> None:
@@ -158,7 +164,9 @@ class TestCombining:
         (joined,) = CombineSources.execute(source=a, donor=b, upper=1.0).result
         x = latent(9)
         for i, level in enumerate(joined.levels):
-            single = [host.HostFeatures(f.family, dict(f.levels[i].sites), f.latent_size, f.parsing) for f in (a, b)]
+            single = [
+                host_features.HostFeatures(f.family, dict(f.levels[i].sites), f.latent_size, f.parsing) for f in (a, b)
+            ]
             (alone,) = CombineSources.execute(source=single[0], donor=single[1], upper=1.0).result
             ours = split(apply(model(), joined), x * level.sigma, level.sigma)
             theirs = split(apply(model(), alone), x * level.sigma, level.sigma)
@@ -177,14 +185,14 @@ class TestStyle:
         """At every place, of the rows that see it: what leaves the block has the source's moments."""
         features = source()
         unet, seen = model().model.diffusion_model, {}
-        places = host.style_places(unet)
+        places = host_unet.style_places(unet)
         assert places == {("input", 10), ("input", 11), *(("output", n) for n in range(5))}
 
         def look(h: Tensor, options: dict) -> Tensor:
             if options["block"] in places:
                 # The positive row, and then the negative one.
                 rows = [options["cond_or_uncond"].index(kind) for kind in (0, 1)]
-                seen[host.place_name(options["block"])] = h[rows].clone()
+                seen[host_unet.place_name(options["block"])] = h[rows].clone()
             return h
 
         def look_output(h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
@@ -193,9 +201,9 @@ class TestStyle:
         # The innermost levels of a small latent are one cell, which has no deviation.
         features = source(height=64, width=64)
         patched = apply(model(), features, (0.0,) * 7, style=1.0, keep_unconditional=False)
-        patched.add_wrapper_with_key(host.WrappersMP.DIFFUSION_MODEL, "watch", watcher(look, look_output))
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", watcher(look, look_output))
         split(patched, latent(9, height=64, width=64))
-        assert set(seen) == set(features.style) == {host.place_name(p) for p in places}
+        assert set(seen) == set(features.style) == {host_unet.place_name(p) for p in places}
         for place, h in seen.items():
             mean, deviation = features.style[place]
             assert close(h[:1].mean((2, 3), keepdim=True), mean, 1e-4)
@@ -239,7 +247,7 @@ def watcher(look: object, look_output: object) -> object:
 
 
 class TestNode:
-    def encode(self, **more: object) -> host.HostFeatures:
+    def encode(self, **more: object) -> host_features.HostFeatures:
         image = torch.rand((1, 96, 64, 3), generator=torch.Generator().manual_seed(1))
         given = {"model": model(), "vae": make_vae(), "image": image, "parsing": parsing(), **more}
         (found,) = SourceNetEncode.execute(**given).result
@@ -273,14 +281,14 @@ class TestNode:
 
     def test_apply_takes_the_style(self) -> None:
         (patched,) = ApplyHPFA.execute(model=model(), source=self.encode(), style=0.4).result
-        assert host.applied_sources(patched)[0].style == 0.4
+        assert host_patch.applied_sources(patched)[0].style == 0.4
 
     def test_models_that_say_how_they_were_trained(self) -> None:
         from types import SimpleNamespace
 
-        from pack.nodes import host_model
+        from pack.nodes.host import model as host_model
 
-        adapter = SimpleNamespace(config=SimpleNamespace(family="leffa"))
+        adapter = SimpleNamespace(config=SimpleNamespace(family="leffa", aligned=False, fusion="concat"))
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(host_model, "adapter_of", lambda who, given: adapter)
             with pytest.raises(TruePoseError, match="says how it was trained"):
@@ -288,7 +296,7 @@ class TestNode:
 
     def test_no_level(self) -> None:
         with pytest.raises(TruePoseError, match="expected 1 or more"):
-            host.level_sigmas(model(), 0)
+            host_source.level_sigmas(model(), 0)
 
 
 def test_all_ones_at_every_step_is_concatenation_of_the_noised_sources_keys() -> None:
@@ -297,7 +305,7 @@ def test_all_ones_at_every_step_is_concatenation_of_the_noised_sources_keys() ->
 
     features, sigma, x = read(1, anew=True), 2.7, latent(9) * 2.7
     sites = in_front_of_attention(model(), noised(features, model(), 1, sigma), sigma)
-    alone = host.HostFeatures(features.family, sites, features.latent_size, features.parsing)
+    alone = host_features.HostFeatures(features.family, sites, features.latent_size, features.parsing)
     ours = split(apply(model(), features, ALL), x, sigma)
     with reference(model().model.diffusion_model, [alone]):
         theirs = split(model(), x, sigma)

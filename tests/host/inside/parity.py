@@ -8,7 +8,10 @@ import comfy.samplers
 import pytest
 import torch
 from model import ONES, encode, keypoints, loaded, noise, person
-from pack.nodes import host, host_guider, host_model
+from pack.nodes.host import features as host_features
+from pack.nodes.host import guider as host_guider
+from pack.nodes.host import model as host_model
+from pack.nodes.host import nets as host_nets
 from pack.nodes.model import ApplyPoseEncoder
 from pack.nodes.source import ApplyHPFA
 from torch import Tensor
@@ -45,7 +48,7 @@ def through_host(
     steps: int,
     weights: dict,
     cfg: float = 1.0,
-    size: tuple[int, int] = (64, 48),
+    size: tuple[int, int] = (128, 96),
     pose_cfg: float | None = None,
     **more: object,
 ) -> Tensor:
@@ -70,7 +73,7 @@ def through_host(
 
 
 def through_pipeline(
-    noise: Tensor, steps: int, omega: Tensor | None, cfg: float = 1.0, size=(64, 48), **more
+    noise: Tensor, steps: int, omega: Tensor | None, cfg: float = 1.0, size=(128, 96), **more
 ) -> Tensor:
     shown = person(3, "stand", *size)
     pipe = pipeline()
@@ -81,8 +84,8 @@ def through_pipeline(
     return pipe(
         features,
         read_back(keypoints(person(5, "walk"))),
-        height=64,
-        width=48,
+        height=128,
+        width=96,
         num_inference_steps=steps,
         guidance_source=cfg,
         region_weights=omega,
@@ -136,6 +139,15 @@ def test_region_weights_and_strength_are_the_pipelines() -> None:
     assert gap(ours, theirs, "4 steps, region weights, strength 0.7") < LIMIT
 
 
+@pytest.mark.parametrize("style", [0.4, 1.0])
+def test_style_is_the_pipelines(style: float) -> None:
+    none = through_pipeline(noise(5), 4, None, cfg=3.0)
+    theirs = through_pipeline(noise(5), 4, None, cfg=3.0, style=style)
+    assert float((theirs - none).abs().max()) > 3 * LIMIT
+    ours = through_host(noise(5), 4, ONES, cfg=3.0, style=style)
+    assert gap(ours, theirs, f"4 steps, source guidance 3, style {style:g}") < LIMIT
+
+
 def test_another_source_size_is_framed_as_in_the_pipeline() -> None:
     ours = through_host(noise(3), 4, ONES, size=(120, 120))
     theirs = through_pipeline(noise(3), 4, None, size=(120, 120))
@@ -145,11 +157,16 @@ def test_another_source_size_is_framed_as_in_the_pipeline() -> None:
 def test_source_features_are_the_pipelines() -> None:
     shown, ours = encode()
     theirs = pipeline().encode_source(shown.image, HumanParsing(shown.parsing), read_back(keypoints(shown)))
-    names = host_model.host_sites(loaded().source.model.model_config.unet_config)
+    names = host_nets.host_sites(loaded().source.model.model_config.unet_config)
     assert {names[site] for site in theirs.sites} == set(ours.sites)
     for site, tokens in theirs.sites.items():
         assert float((ours.sites[names[site]] - tokens).abs().max()) < 1e-4, site
     assert torch.equal(ours.caa.shown, theirs.caa.shown)
     assert float((ours.caa.tokens - theirs.caa.tokens).abs().max()) < 1e-5
     assert torch.equal(ours.image, theirs.image)
-    assert isinstance(ours, host.HostFeatures) and ours.family == "mannequin"
+    assert set(ours.style) == set(theirs.style)
+    for place, moments in theirs.style.items():
+        for one, other in zip(ours.style[place], moments, strict=True):
+            # Some are thousands.
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-4), place
+    assert isinstance(ours, host_features.HostFeatures) and ours.family == "mannequin"

@@ -8,9 +8,13 @@ import math
 import pytest
 import torch
 from bench import ALL, GREY, apply, close, far, latent, model, parsing, reference, sample, source, split
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from fixtures.tiny import make_conditioning, make_model
-from pack.nodes import host
-from pack.nodes.host import AppliedSource
+from pack.nodes.host import features as host_features
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import source as host_source
+from pack.nodes.host import unet as host_unet
+from pack.nodes.host.applied import AppliedSource
 
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
@@ -25,7 +29,7 @@ def unet(who: object = None) -> object:
 def log_weight(omega: tuple[float, ...], strength: float = 1.0):
     """The formula's log w + log strength as a bias."""
 
-    def bias(site: str, features: host.HostFeatures, n: int) -> torch.Tensor:
+    def bias(site: str, features: host_features.HostFeatures, n: int) -> torch.Tensor:
         weight = (features.regions(site)[0] * torch.tensor(omega)).sum(-1) * strength
         return weight.log()[None].expand(n, -1)
 
@@ -40,7 +44,7 @@ def test_strength_zero_and_all_weights_zero_are_the_model_itself() -> None:
         AppliedSource(source(), (0.0,) * 7, beta=3.0, target=parsing(3)),
     ):
         assert not applied.has_effect
-        assert torch.equal(before, sample(host.with_hpfa(model(), applied)))
+        assert torch.equal(before, sample(host_patch.with_hpfa(model(), applied)))
 
 
 def test_patched_model_leaves_the_other_clones_alone() -> None:
@@ -48,7 +52,7 @@ def test_patched_model_leaves_the_other_clones_alone() -> None:
     patched = apply(model(), source())
     assert far(before, sample(patched))
     assert torch.equal(before, sample(model()))
-    assert torch.equal(before, sample(host.without_hpfa(patched)))
+    assert torch.equal(before, sample(host_patch.without_hpfa(patched)))
     assert torch.equal(before, sample(model().clone()))
 
 
@@ -97,7 +101,7 @@ def test_source_of_another_size_than_the_picture() -> None:
 
 
 def region_match(target: HumanParsing, beta: float, height: int, width: int):
-    def bias(site: str, features: host.HostFeatures, n: int) -> torch.Tensor:
+    def bias(site: str, features: host_features.HostFeatures, n: int) -> torch.Tensor:
         h, w = height, width
         while h * w > n:
             h, w = (h + 1) // 2, (w + 1) // 2
@@ -121,7 +125,7 @@ def test_body_match_draws_to_the_same_place_of_the_body() -> None:
     body[..., 2] = 1
     features = source(body=body[:1])
 
-    def bias(site: str, one: host.HostFeatures, n: int) -> torch.Tensor:
+    def bias(site: str, one: host_features.HostFeatures, n: int) -> torch.Tensor:
         h, w = 12, 8
         while h * w > n:
             h, w = (h + 1) // 2, (w + 1) // 2
@@ -162,7 +166,7 @@ def test_a_batch_is_its_items_one_by_one(keep: bool) -> None:
     both = split(apply(model(), features, GREY, beta=2.0, target=target, keep_unconditional=keep), x)
     for i in range(4):
         half = i // 2
-        one = host.HostFeatures(
+        one = host_features.HostFeatures(
             features.family,
             {s: t[half : half + 1] for s, t in features.sites.items()},
             features.latent_size,
@@ -176,7 +180,7 @@ def test_a_batch_is_its_items_one_by_one(keep: bool) -> None:
 def test_a_source_that_keeps_nothing_in_one_picture_of_a_batch() -> None:
     labels = torch.zeros(2, 96, 64, dtype=torch.int64)
     labels[1, 20:70] = 3
-    two = host.read_source(model(), latent(5, 2), HumanParsing.from_labels(labels), make_conditioning(5))
+    two = host_source.read_source(model(), latent(5, 2), HumanParsing.from_labels(labels), make_conditioning(5))
     got = split(apply(model(), two, GREY), latent(9, 2))[0]
     assert close(got[:1], split(model(), latent(9, 2))[0][:1])
     assert far(got[1:], split(model(), latent(9, 2))[0][1:])
@@ -197,7 +201,7 @@ def test_two_sources_with_weights_and_matches_of_their_own() -> None:
     a, b, target = source(1), source(2), parsing(7)
     top = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 
-    def bias(site: str, features: host.HostFeatures, n: int) -> torch.Tensor:
+    def bias(site: str, features: host_features.HostFeatures, n: int) -> torch.Tensor:
         if features is a:
             return log_weight(GREY)(site, features, n) + region_match(target, 1.5, 12, 8)(site, features, n)
         return log_weight(top, 0.6)(site, features, n)
@@ -222,15 +226,15 @@ def test_window_and_blocks() -> None:
     features = source()
     plain, full = sample(model()), sample(apply(model(), features))
     sampling = model().get_model_object("model_sampling")
-    assert host.sigma_window(model(), 0.0, 1.0) is None
-    never = host.sigma_window(model(), 0.999, 0.9991)
+    assert host_unet.sigma_window(model(), 0.0, 1.0) is None
+    never = host_unet.sigma_window(model(), 0.999, 0.9991)
     assert torch.equal(plain, sample(apply(model(), features, sigmas=never)))
     always = (float("inf"), 0.0)
     assert torch.equal(full, sample(apply(model(), features, sigmas=always)))
     half = (float(sampling.percent_to_sigma(0.0)), 5.0)
     first = sample(apply(model(), features, sigmas=half))
     assert far(first, plain) and far(first, full)
-    outs = {blocks: sample(apply(model(), features, blocks=blocks)) for blocks in host.BLOCKS}
+    outs = {blocks: sample(apply(model(), features, blocks=blocks)) for blocks in host_unet.BLOCKS}
     assert torch.equal(outs["all"], full)
     for blocks in ("encoder", "middle", "decoder", "middle and decoder"):
         assert far(outs[blocks], plain) and far(outs[blocks], full)
@@ -267,24 +271,24 @@ def test_clones_share_the_patch_and_nothing_grows() -> None:
         patched = patched.clone()
         sample(patched)
         kinds = (
-            host.WrappersMP.DIFFUSION_MODEL,
-            host.WrappersMP.CALC_COND_BATCH,
-            host.WrappersMP.PREPARE_SAMPLING,
+            WrappersMP.DIFFUSION_MODEL,
+            WrappersMP.CALC_COND_BATCH,
+            WrappersMP.PREPARE_SAMPLING,
         )
         sizes.append(
-            [len(patched.get_wrappers(kind, host.KEY)) for kind in kinds]
-            + [len(patched.get_callbacks(host.CallbacksMP.ON_CLEANUP, host.KEY))]
+            [len(patched.get_wrappers(kind, host_patch.KEY)) for kind in kinds]
+            + [len(patched.get_callbacks(CallbacksMP.ON_CLEANUP, host_patch.KEY))]
         )
     assert sizes == [[1, 1, 1, 1]] * 3
-    applied = host.applied_sources(patched)[0]
+    applied = host_patch.applied_sources(patched)[0]
     assert copy.deepcopy(applied) is applied
-    wrapper = patched.get_wrappers(host.WrappersMP.DIFFUSION_MODEL, host.KEY)[0]
+    wrapper = patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, host_patch.KEY)[0]
     assert copy.deepcopy(wrapper).__self__ is wrapper.__self__
 
 
 def test_device_copies_are_freed_after_runs_and_after_failures() -> None:
     patched = apply(model(), source())
-    applied = host.applied_sources(patched)[0]
+    applied = host_patch.applied_sources(patched)[0]
     sample(patched)
     assert applied._copies == {}
     broken = patched.clone()
@@ -303,8 +307,8 @@ def test_device_copies_are_freed_after_runs_and_after_failures() -> None:
 def test_the_options_of_a_call_are_not_touched() -> None:
     patched = apply(model(), source())
     options = {"cond_or_uncond": [0], "sigmas": torch.tensor([3.0]), "patches_replace": {"attn1": {}}}
-    wrapper = patched.get_wrappers(host.WrappersMP.DIFFUSION_MODEL, host.KEY)[0]
-    options["wrappers"] = {host.WrappersMP.DIFFUSION_MODEL: {host.KEY: [wrapper]}}
+    wrapper = patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, host_patch.KEY)[0]
+    options["wrappers"] = {WrappersMP.DIFFUSION_MODEL: {host_patch.KEY: [wrapper]}}
     before = copy.copy(options)
     x = latent(9)
     unet()(x, torch.zeros(1), context=make_conditioning(1)[0][0], transformer_options=options)
@@ -320,10 +324,10 @@ def test_memory_is_asked_for() -> None:
         asked.append(tuple(shape))
         return executor(who, shape, *args, **kwargs)
 
-    patched.add_wrapper_with_key(host.WrappersMP.PREPARE_SAMPLING, "watch", watch)
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "watch", watch)
     sample(patched)
     assert math.prod(asked[0]) > 4 * 12 * 8
-    applied = host.applied_sources(patched)[0]
+    applied = host_patch.applied_sources(patched)[0]
     assert applied.nbytes(2) * 2 == applied.nbytes(4) > 0
 
 
@@ -343,7 +347,7 @@ class TestBadInput:
 
         flux = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1), model_config=object()))
         with pytest.raises(TruePoseError, match="not a UNet"):
-            host.unet_of(flux, "the model")
+            host_unet.unet_of(flux, "the model")
 
     def test_batches_that_do_not_match(self) -> None:
         patched = apply(model(), source(1, 2))
@@ -358,12 +362,12 @@ class TestBadInput:
 def test_rows_of_one_kind_that_lie_apart_come_back_in_place() -> None:
     """A host may batch rows as positive, negative, positive."""
     patched = apply(model(), source(), GREY, keep_unconditional=False)
-    wrapper = patched.get_wrappers(host.WrappersMP.DIFFUSION_MODEL, host.KEY)[0]
+    wrapper = patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, host_patch.KEY)[0]
     x, tokens = latent(9, 3), make_conditioning(1)[0][0].expand(3, -1, -1)
 
     def run(rows: torch.Tensor, kinds: list[int]) -> torch.Tensor:
         options = {"cond_or_uncond": kinds, "sigmas": torch.tensor([3.0])}
-        options["wrappers"] = {host.WrappersMP.DIFFUSION_MODEL: {host.KEY: [wrapper]}}
+        options["wrappers"] = {WrappersMP.DIFFUSION_MODEL: {host_patch.KEY: [wrapper]}}
         t = torch.full((rows.shape[0],), 500.0)
         return unet()(rows, t, context=tokens[: rows.shape[0]], transformer_options=options)
 

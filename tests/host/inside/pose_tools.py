@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pack.nodes import TruePoseExtension, host_files, pose_tools
+from pack.nodes import TruePoseExtension, pose_tools
+from pack.nodes.host import files as host_files
 from pack.nodes.pose import DrawSkeleton
 from pack.nodes.pose_tools import (
     ALL_PEOPLE,
@@ -27,10 +29,11 @@ from pack.nodes.pose_tools import (
 )
 
 from truepose_core.errors import TruePoseError
+from truepose_core.networks import known
 from truepose_core.pose import Person, Pose, read_pose, write_pose
-from truepose_core.pose_estimation import PoseEstimator, wholebody_person
-from truepose_core.pose_gallery import NAMES, gallery_pose
-from truepose_core.retarget import retarget_pose
+from truepose_core.pose.estimation import PoseEstimator, wholebody_person
+from truepose_core.pose.gallery import NAMES, gallery_pose
+from truepose_core.pose.retarget import retarget_pose
 
 WIDTH, HEIGHT = 128, 192
 
@@ -271,6 +274,39 @@ def test_estimate_refuses(networks: Path) -> None:
     (networks / "dw-ll_ucoco_384.onnx").unlink()
     with pytest.raises(TruePoseError, match=r"dwpose is not there yet.* at .*dw-ll_ucoco_384\.onnx; or .*download on"):
         run(EstimatePose, image=photo(), find=WHOLE_PICTURE)
+
+
+def test_half_a_source_is_said_and_the_pose_can_be_cut_likewise(caplog: pytest.LogCaptureFixture) -> None:
+    whole = gallery_pose("standing", 512, 768)
+    (person,) = whole.people
+    body = np.array(person.body)
+    body[[9, 10, 12, 13]] = 0
+    source = write_pose([Pose(512, 768, (Person(body),))])
+    run(RetargetPose, target=write_pose([whole]), source=source)
+    assert "the source shows no knees, no feet, and the pose has them" in caplog.text
+    caplog.clear()
+    cut = run(RetargetPose, target=write_pose([whole]), source=source, shows=pose_tools.AS_SOURCE)[0]
+    assert not caplog.records
+    (made,) = read_pose(cut)[0].people
+    np.testing.assert_allclose(made.body[1], body[1], atol=2e-3)
+    with pytest.raises(TruePoseError, match="is for one person"):
+        run(
+            RetargetPose,
+            target=write_pose([whole]),
+            source=source,
+            shows=pose_tools.AS_SOURCE,
+            people=pose_tools.VIDEO,
+        )
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_missing_onnxruntime_is_said_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, download: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(known, "download", lambda *_, **__: pytest.fail("something was fetched"))
+    with pytest.raises(TruePoseError, match="onnxruntime, which is not installed"):
+        run(EstimatePose, image=photo(), download=download)
 
 
 def test_the_hosts_own_sdpose_is_read_with_the_right_hands() -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from bench import latent, model, parsing, sample, source
 from fixtures.tiny import make_conditioning, make_model
-from pack.nodes import host
+from pack.nodes.host import applied as host_applied
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import source as host_source
+from pack.nodes.host import unet as host_unet
 
 from truepose_core.errors import TruePoseError
 
@@ -14,7 +17,7 @@ from truepose_core.errors import TruePoseError
 def direct(who: object, x: torch.Tensor, tokens: torch.Tensor, **more: object) -> dict[str, torch.Tensor]:
     """norm1's outputs in a plain call of the UNet at timestep 0."""
     unet, out, hooks = who.model.diffusion_model, {}, []
-    for site, _ in host.self_attentions(unet).items():
+    for site, _ in host_unet.self_attentions(unet).items():
         part, number, index = site.split(".")
         layers = {"input": unet.input_blocks, "output": unet.output_blocks}
         layer = unet.middle_block if part == "middle" else layers[part][int(number)]
@@ -34,10 +37,10 @@ def test_one_pass_is_the_clean_forward_pass(batch: int, height: int, width: int)
     who, x = model(), latent(3, batch, height, width)
     cond = make_conditioning(5)
     image = parsing(0, batch, height * 8 // 16 * 16, width * 8 // 16 * 16)
-    features = host.read_source(who, x, image, cond)
+    features = host_source.read_source(who, x, image, cond)
     scaled = who.model.process_latent_in(x)
     expected = direct(who, scaled, cond[0][0].expand(batch, -1, -1))
-    assert list(features.sites) == list(expected) == list(host.self_attentions(who.model.diffusion_model))
+    assert list(features.sites) == list(expected) == list(host_unet.self_attentions(who.model.diffusion_model))
     for site, tokens in expected.items():
         assert torch.equal(features.sites[site], tokens), site
     assert features.sites["input.1.0"].device.type == "cpu"
@@ -48,13 +51,13 @@ def test_one_pass_is_the_clean_forward_pass(batch: int, height: int, width: int)
 def test_sdxl_shape_has_all_sites() -> None:
     who = make_model(0, "SDXL")
     features = source(1, who=who)
-    assert len(features.sites) == len(host.self_attentions(who.model.diffusion_model)) == 2 + 2 + 3 + 3 + 3 + 15
+    assert len(features.sites) == len(host_unet.self_attentions(who.model.diffusion_model)) == 2 + 2 + 3 + 3 + 3 + 15
     assert features.family == "sdxl" or features.family.startswith("sdxl")
 
 
 def test_inpainting_model_is_told_nothing_is_masked() -> None:
     who, x = model(0, channels=9), latent(3)
-    features = host.read_source(who, x, parsing(), make_conditioning(5))
+    features = host_source.read_source(who, x, parsing(), make_conditioning(5))
     scaled = who.model.process_latent_in(x)
     given = torch.cat([scaled, torch.zeros_like(x[:, :1]), scaled], 1)
     expected = direct(who, given, make_conditioning(5)[0][0])
@@ -75,17 +78,17 @@ def test_areas_masks_and_schedules_of_the_prompt_do_not_count() -> None:
             },
         ]
     ]
-    a = host.read_source(model(), latent(3), parsing(), plain)
-    b = host.read_source(model(), latent(3), parsing(), placed)
+    a = host_source.read_source(model(), latent(3), parsing(), plain)
+    b = host_source.read_source(model(), latent(3), parsing(), placed)
     assert all(torch.equal(a.sites[s], b.sites[s]) for s in a.sites)
 
 
 def test_reading_with_a_patched_model_reads_without_the_patch() -> None:
     plain = source(2)
-    patched = host.with_hpfa(model(), host.AppliedSource(source(1), (1.0,) * 7))
+    patched = host_patch.with_hpfa(model(), host_applied.AppliedSource(source(1), (1.0,) * 7))
     again = source(2, who=patched)
     assert all(torch.equal(plain.sites[s], again.sites[s]) for s in plain.sites)
-    assert len(host.applied_sources(patched)) == 1
+    assert len(host_patch.applied_sources(patched)) == 1
 
 
 def test_reading_leaves_the_model_as_it_was() -> None:
@@ -98,4 +101,4 @@ def test_nan_latent_is_refused() -> None:
     x = latent(3)
     x[0, 0, 0, 0] = torch.nan
     with pytest.raises(TruePoseError, match="fp32-vae"):
-        host.read_source(model(), x, parsing())
+        host_source.read_source(model(), x, parsing())

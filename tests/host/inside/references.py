@@ -11,15 +11,17 @@ import comfy.samplers
 import pytest
 import torch
 from bench import close, far
+from comfy.patcher_extension import WrappersMP
 from fixtures.tiny import EDITORS, TEXT, has_editor, make_editor
-from pack.nodes import host, host_references
-from pack.nodes.host_references import ReferenceGuide
+from pack.nodes.host import references as host_references
+from pack.nodes.host import unet as host_unet
+from pack.nodes.host.references import ReferenceGuide
 from pack.nodes.references import GuideReferences
 from torch import Tensor
 
-from truepose_core.alignment.skeleton_prior import body_coordinates
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
+from truepose_core.pose.limbs import body_coordinates
 from truepose_core.regions import Region
 
 ALL = (1.0,) * 7
@@ -463,7 +465,7 @@ class TestBesideOthers:
 
     def test_an_attention_that_refuses_wide_heads_is_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
         name = "kontext"
-        host.say_once.cache_clear()
+        host_unet.say_once.cache_clear()
 
         def narrow(func, q, k, v, heads, **more):
             if q.shape[-1] > 32:
@@ -502,7 +504,7 @@ class TestBesideOthers:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         name = "kontext"
-        host.say_once.cache_clear()
+        host_unet.say_once.cache_clear()
 
         def more_image(args: dict) -> dict:
             found = {key: torch.cat([args[key], args[key][:, -2:]], 1) for key in ("img", "img_ids")}
@@ -689,7 +691,7 @@ class TestNothingStays:
 
     def test_clones_share_the_patch_and_nothing_grows(self) -> None:
         who = apply(editor("kontext"), [SOFT, FACE], parsings(2))
-        kinds = (host.WrappersMP.APPLY_MODEL, host.WrappersMP.CALC_COND_BATCH)
+        kinds = (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH)
         sizes = []
         for _ in range(3):
             who = who.clone()
@@ -702,14 +704,14 @@ class TestNothingStays:
 
 class TestBadInput:
     def test_no_reference_is_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        host.say_once.cache_clear()
+        host_unet.say_once.cache_clear()
         guided = apply(editor("kontext"), [SOFT], parsings(1))
         ours = sample(guided, "kontext", None)
         assert torch.equal(ours, sample(editor("kontext"), "kontext", None))
         assert caplog.text.count("holds no reference latent") == 1
 
     def test_negative_rows_may_lack_references(self, caplog: pytest.LogCaptureFixture) -> None:
-        host.say_once.cache_clear()
+        host_unet.say_once.cache_clear()
         guided = apply(editor("kontext"), [SOFT], parsings(1))
         out = sample(guided, "kontext", references("kontext"), negative=None)
         assert far(out, sample(editor("kontext"), "kontext", references("kontext"), negative=None))
@@ -741,7 +743,7 @@ class TestBadInput:
 
         with pytest.raises(TruePoseError, match="SD15, a UNet"):
             apply(make_model(0), [SOFT], parsings(1))
-        host.say_once.cache_clear()
+        host_unet.say_once.cache_clear()
         who = editor("kontext").clone()
         other = copy.copy(who.model)
         other.__dict__["_modules"] = {**who.model._modules, "diffusion_model": WanModel.__new__(WanModel)}

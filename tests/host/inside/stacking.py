@@ -17,7 +17,9 @@ import pytest
 import torch
 from bench import ALL, GREY, apply, close, far, latent, model, parsing, reference, sample, source, split
 from fixtures.tiny import HEADS, _fill, make_conditioning, make_model, unet_config
-from pack.nodes import host
+from pack.nodes.host import call as host_call
+from pack.nodes.host import patch as host_patch
+from pack.nodes.host import unet as host_unet
 from patching import log_weight, unet
 
 
@@ -125,7 +127,7 @@ def test_dropped_negative_rows_are_those_without_the_source(name: str) -> None:
 
 
 def test_a_block_that_another_node_replaces_is_left_alone_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    host.say_once.cache_clear()
+    host_unet.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="truepose"):
         sample(apply(OTHERS["SAG"](model()), source()), **SIZE)
     said = [r.message for r in caplog.records if "leaves block" in r.message]
@@ -269,16 +271,37 @@ def test_regional_prompts_by_mask_and_area() -> None:
     assert close(ours, theirs)
 
 
-def test_a_pack_that_calls_the_replace_on_some_rows() -> None:
-    """Advanced-ControlNet's reference hands over rows of one kind and fewer options."""
-    patched = apply(model(), source(), keep_unconditional=True)
-    x = latent(9, 2)
-    call = host._Call(list(host.applied_sources(patched)), x, {"cond_or_uncond": [0, 1]})
-    block, attn = host.self_attentions(unet())["input.1.0"]
+def block_call(patched: object, kinds: list[int], rows: int) -> tuple:
+    """Our replace of one block in a call with these chunks of `rows` pictures each, and q, k, v, options for it."""
+    x = latent(9, rows * len(kinds))
+    call = host_call._Call(list(host_patch.applied_sources(patched)), x, {"cond_or_uncond": kinds})
+    block, attn = host_unet.self_attentions(unet())["input.1.0"]
     replace = call.install(unet())["patches_replace"]["attn1"][block]
-    tokens = torch.randn((2, 96, attn.to_q.in_features), generator=torch.Generator().manual_seed(1))
-    q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-    options = {"activations_shape": [2, 32, 12, 8], "n_heads": attn.heads}
-    whole = replace(q, k, v, options)
-    assert close(whole[:1], replace(q[:1], k[:1], v[:1], options))
-    assert close(whole[1:], replace(q[1:], k[1:], v[1:], options))
+    tokens = torch.randn((x.shape[0], 96, attn.to_q.in_features), generator=torch.Generator().manual_seed(1))
+    options = {"activations_shape": [x.shape[0], 32, 12, 8], "n_heads": attn.heads}
+    return replace, (attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)), options
+
+
+@pytest.mark.parametrize("kinds", [[0, 1], [1, 0], [0, 1, 0, 1]])
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pack_that_calls_the_replace_again_on_the_negative_rows(kinds: list[int], sources: int, keep: bool) -> None:
+    """As Advanced-ControlNet's reference does, which says which rows those are."""
+    more = {"beta": 2.0, "target": parsing(7, 2), "keep_unconditional": keep}
+    replace, qkv, options = block_call(apply(model(), source(1, sources), GREY, **more), kinds, 2)
+    negative = [i for i in range(2 * len(kinds)) if kinds[i // 2] == 1]
+    options |= {"ref_uncond_idxs": negative}
+    whole = replace(*qkv, dict(options))
+    assert close(whole[negative], replace(*(x[negative] for x in qkv), dict(options)))
+
+
+def test_a_pack_that_does_not_say_which_rows_it_hands_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    host_unet.say_once.cache_clear()
+    replace, qkv, options = block_call(apply(model(), source(), keep_unconditional=True), [0, 1], 1)
+    whole = replace(*qkv, dict(options))
+    assert close(whole[:1], replace(*(x[:1] for x in qkv), dict(options)))
+    assert close(whole[1:], replace(*(x[1:] for x in qkv), dict(options)))
+    assert [r.message for r in caplog.records] == [
+        "stacking.py hands over 1 of 2 rows to Apply HPFA and does not say which: there negative rows see what "
+        "positive ones do, batches of sources are not read, and region match and body match are off"
+    ]

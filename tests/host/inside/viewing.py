@@ -9,10 +9,12 @@ import pytest
 import torch
 from bench import ALL, GREY, apply, far, latent, model, parsing, sample, source
 from fixtures.tiny import make_conditioning, make_vae
-from pack.nodes import host, host_view
-from pack.nodes.attention import AttentionView
+from pack.nodes.host import features as host_features
+from pack.nodes.host import unet as host_unet
+from pack.nodes.host import view as host_view
 from pack.nodes.mannequin import Mannequin
 from pack.nodes.source import ApplyHPFA, SourceNetEncode
+from pack.nodes.view import AttentionView
 from torch import Tensor
 
 from truepose_core.attention.view import SiteLook, combine
@@ -25,7 +27,7 @@ PERCENT = 0.4
 def written_out(unet: object, features: list, which: int, rows: int, bias=None, groups=None):
     """Attention with whole maps, all source tokens and a bias; yields the looks it saw, one list for each row."""
     seen: list[list[SiteLook]] = [[] for _ in range(rows)]
-    found = host.self_attentions(unet)
+    found = host_unet.self_attentions(unet)
 
     def patched(site: str, attn: object):
         def forward(x, context=None, value=None, mask=None, transformer_options=None):
@@ -149,7 +151,7 @@ def test_a_batch_of_sources_serves_its_rows() -> None:
     assert far(both[0].heat, both[1].heat)
     for row in range(2):
         sites = {k: v[row : row + 1] for k, v in two.sites.items()}
-        one = host.HostFeatures(two.family, sites, two.latent_size, two.parsing[row])
+        one = host_features.HostFeatures(two.family, sites, two.latent_size, two.parsing[row])
         alone = look(apply(model(), one), samples)[row]
         assert torch.allclose(alone.heat, both[row].heat, rtol=1e-3, atol=1e-4)
 
@@ -200,6 +202,6 @@ class TestNode:
             AttentionView.execute(one, image=torch.rand(3, 96, 64, 3), **inputs)
         with pytest.raises(TruePoseError, match="the image is 96x96 and the source was read at 64x96"):
             AttentionView.execute(one, image=torch.rand(1, 96, 96, 3), **inputs)
-        late = apply(model(), source(), sigmas=host.sigma_window(model(), 0.6, 1.0))
+        late = apply(model(), source(), sigmas=host_unet.sigma_window(model(), 0.6, 1.0))
         with pytest.raises(TruePoseError, match=r"not read at 0\.4"):
             AttentionView.execute(late, **inputs)

@@ -1,0 +1,1 @@
+"""What HPFA costs inside ComfyUI, measured in the host's own Python."""

@@ -1,0 +1,1 @@
+"""Weights of other systems: recognised and converted to one file of ours."""

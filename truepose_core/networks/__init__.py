@@ -1,0 +1,1 @@
+"""ONNX networks: sessions, and the table of those that can be downloaded."""

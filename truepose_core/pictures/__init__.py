@@ -1,0 +1,1 @@
+"""Pictures: files in and out, and labelled sheets."""

@@ -1,0 +1,1 @@
+"""Files of weights: any checkpoint opened without running what is in it, ours loaded strictly."""
