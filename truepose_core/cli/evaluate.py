@@ -129,9 +129,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--world",
-        choices=("usual", "shifted"),
+        choices=("usual", "shifted", "one-colour", "busy", "crossed-arm"),
         default="usual",
-        help="shifted: the same pairs in garments, builds and light that training never drew (default: usual)",
+        help="shifted: the same pairs in garments, builds and light that training never drew; one-colour: top and "
+        "trousers of the same colours; busy: sources before cells of strong colours; crossed-arm: sources with an arm "
+        "across the trunk (default: usual)",
     )
     parser.add_argument(
         "--keypoint-noise",

@@ -106,8 +106,8 @@ class Report:
         text = [
             _table(head, body),
             "",
-            f"{self.pairs} pairs of the {'shifted ' if self.world == 'shifted' else ''}test split at {width}x{height} "
-            f"(width x height), {self.steps} steps, "
+            f"{self.pairs} pairs of the {'' if self.world == 'usual' else f'{self.world} '}test split at "
+            f"{width}x{height} (width x height), {self.steps} steps, "
             f"seed {self.seed}, on {self.versions['device']}. PSNR in dB; pattern 0 to 1; more is better. endpoint: "
             "pixels between where a pixel was looked up and where it was, less is better; seen: share of the person "
             "taken from the source; shown and hidden PSNR: of what the source really shows and "
@@ -155,7 +155,7 @@ def evaluate(
     `models`; None is all. steps: sampling steps of the learned rows. models: row -> model file, instead of the files
     that ship or beside them. size: (height, width) of the pictures; by default that of the largest chosen model (a
     smaller one's results are enlarged), or 64x48 without a model. difficulty: noise on what the body rows are given.
-    world: "shifted" takes the same pairs in garments, builds and light that training never drew (`mannequin.shifted`).
+    world: one of `mannequin.world.WORLDS`: the same pairs in another world, or made hard.
     shown: pairs on the contact sheet. quiet: no progress bar.
 
     Raises TruePoseError for unknown data or rows, missing model files, numbers below 1, and without torchmetrics.

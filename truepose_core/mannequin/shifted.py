@@ -12,7 +12,6 @@ import torch
 
 from .identity import Identities
 
-WORLDS = ("usual", "shifted")
 LIGHT = (0.6, 0.1, 0.79)
 """Where the light comes from: low from the other side."""
 _PERIOD = 1.8

@@ -14,8 +14,8 @@ TEST_SEED = 0
 
 
 def split_pairs(indices: Tensor | int, size: tuple[int, int], world: str = "usual") -> PairBatch:
-    """Pairs of the test split (an int n means the first n), as pictures of (height, width), on the CPU. world: "usual"
-    or "shifted" (`mannequin.shifted`)."""
+    """Pairs of the test split (an int n means the first n), as pictures of (height, width), on the CPU. world: one of
+    `world.WORLDS`."""
     from truepose_core.mannequin import sample_pairs
 
     return sample_pairs(indices, "test", seed=TEST_SEED, height=size[0], width=size[1], kind=world)

@@ -11,15 +11,18 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 
 from .body import BodyPoses, sample_poses
+from .hard import HARD, busy, cross_arm, one_colour
 from .identity import Identities, as_indices, sample_identities
 from .render import LIGHT, Rendering, make_scene, render
 from .shifted import LIGHT as SHIFTED_LIGHT
-from .shifted import WORLDS, shift_people
+from .shifted import shift_people
 from .twins import hide_faces, twin_poses
 
 __all__ = ["SPLITS", "PairBatch", "render_people", "render_twins", "sample_pairs"]
 
 SPLITS = ("train", "test")
+WORLDS = ("usual", "shifted", *HARD)
+"""The usual world; one of other garments, builds and light (`shifted`); and hard cases of the usual one (`hard`)."""
 # Pose number k of person i has index i * _STRIDE + k; this is the most poses a person can have.
 _STRIDE = 1 << 20
 
@@ -28,7 +31,7 @@ _STRIDE = 1 << 20
 class PairBatch:
     """N pairs: ``source`` and ``target`` show the same person in two poses.
 
-    identity: the people's indices [N] in their split, int64. world: "usual" or "shifted" (`mannequin.shifted`).
+    identity: the people's indices [N] in their split, int64. world: one of `WORLDS`.
     """
 
     source: Rendering
@@ -63,7 +66,7 @@ def render_people(
     """People [N] in K poses each, as one Rendering of N * K; row i * K + k is person i, pose k.
 
     Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1.
-    kind: of world, "usual" or "shifted" (`mannequin.shifted`), which is never trained on.
+    kind: of world, one of `WORLDS`; only the usual one is trained on. Hard cases change a person's pose 0, the source.
 
     Raises:
         TruePoseError: for an unknown split or kind or fewer than 1 pose per person.
@@ -78,14 +81,23 @@ def render_people(
     people = people_of(index, split, seed, kind)
     people = people.select(torch.arange(len(index)).repeat_interleave(poses_per_person))
     poses = sample_poses(which, world, view)
-    light = LIGHT if kind == "usual" else SHIFTED_LIGHT
-    return render(people, poses, height, width, supersample, device, chunk, light=light)
+    first = torch.arange(0, len(which), poses_per_person)
+    if kind == "crossed-arm":
+        crossed = cross_arm(poses.select(first), index, world)
+        poses = BodyPoses(poses.theta.index_copy(0, first, crossed.theta), poses.camera)
+    light = SHIFTED_LIGHT if kind == "shifted" else LIGHT
+    made = render(people, poses, height, width, supersample, device, chunk, light=light)
+    if kind == "busy":
+        source = made.select(first)
+        scene = busy(source.image, source.parsing, people.select(first), index, world)
+        made = replace(made, image=made.image.index_copy(0, first.to(made.image.device), scene))
+    return made
 
 
 def people_of(index: Tensor, split: str, seed: int = 0, kind: str = "usual") -> Identities:
     """The people [N] of a split, by their indices, as they look in this kind of world."""
     people = sample_identities(index, split_seed(split, seed))
-    return people if kind == "usual" else shift_people(people)
+    return {"shifted": shift_people, "one-colour": one_colour}.get(kind, lambda same: same)(people)
 
 
 def render_twins(
