@@ -13,6 +13,7 @@ from truepose_core.parsing import HumanParsing
 from truepose_core.parsing.carry import region_prior
 from truepose_core.pose import body_tensor, read_pose
 from truepose_core.regions import REGION_NAMES, Region
+from truepose_core.source.align import with_aligned_tokens
 from truepose_core.source.person import SourcePerson
 
 from .host import applied as host_applied
@@ -240,12 +241,13 @@ class SourceNetEncode(io.ComfyNode):
             body,
             caa=tokens,
             cross=cross,
-            image=picture if adapter.config.aligned else None,
+            image=picture if adapter.config.aligned or adapter.config.aligned_tokens else None,
             timestep=adapter.source_timestep,
             nothing=nothing,
             anew=again,
             match=adapter.config.match,
-            align=adapter.config.recurrent,
+            align=adapter.config.aligns,
+            beside=adapter.config.aligned_tokens,
         )
         return io.NodeOutput(source)
 
@@ -450,6 +452,7 @@ def applied_source(
     """One source as a model shall read it. set_match: (region match, body match) in place of what an adapter learned;
     more: see `AppliedSource`."""
     body = None if target_pose is None else bodies(target_pose, "the target pose", adapter)
+    source = with_aligned_tokens(source, body, host_features.CombinedHostFeatures)
     given = target_parsing is not None
     parsing = target_parsing.to("cpu") if given else None
     if given and adapter is not None:

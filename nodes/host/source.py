@@ -119,17 +119,18 @@ def read_source(
     match: str = "surface",
     levels: int = 0,
     align: bool = False,
+    beside: bool = False,
 ) -> HostFeatures:
     """Read the source person: the normed hidden state in front of every self-attention.
 
     model: a MODEL (LoRA and other patches of it stay in force, HPFA and pose are taken off). latent: [B, C, h, w] as
     the VAE gives it. parsing: of the same pictures. conditioning: CONDITIONING or None for zeros. body: [B, 18, 3].
     caa: the region tokens, which travel on; cross: the same for each site of this model, which reads them. image: kept
-    for models that carry the source to the target pose; align: by recurrent alignment. timestep: at which SourceNet
-    reads. nothing: the same of a latent of zeros, for models whose unconditional rows read that. anew: whether the
-    source shall be read again at every step. levels: 0 for a source that is read clean; else it is noised, and read at
-    that many noise levels, evenly spaced in the sampling. With anew and levels 1 it is also noised at every step, as
-    untrained checkpoints want it. match: what places on the body are, as in `TruePoseConfig`.
+    for models that bring the source to the target pose; align: by recurrent alignment; beside: as tokens. timestep: at
+    which SourceNet reads. nothing: the same of a latent of zeros, for models whose unconditional rows read that. anew:
+    whether the source shall be read again at every step. levels: 0 for a source that is read clean; else it is noised,
+    and read at that many noise levels, evenly spaced in the sampling. With anew and levels 1 it is also noised at every
+    step, as untrained checkpoints want it. match: what places on the body are, as in `TruePoseConfig`.
     """
     unet = unet_of(model, "the model")
     channels = model.model.latent_format.latent_channels
@@ -175,6 +176,7 @@ def read_source(
         reader=again,
         levels=found if levels and not anew else (),
         align=align,
+        beside=beside,
         style=middle.style,
     )
 

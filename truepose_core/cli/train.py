@@ -95,6 +95,12 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "",
         "a person's first pose is always the source, so that its alignment to the others is made once",
     ),
+    "aligned_tokens": (
+        None,
+        "",
+        "the source's tokens are also read aligned to the target pose, beside its own (rows concat and HPFA; with "
+        "--base for photographs)",
+    ),
     "twins": (number(0, 1), "SHARE", "share of the mannequin's target pairs that differ in depth alone; odd --poses"),
     "height": (whole(0, 4096), "PX", "height of the training pictures; 0 is the model's own"),
     "width": (whole(0, 4096), "PX", "width of the training pictures; 0 is the model's own"),

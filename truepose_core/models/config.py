@@ -109,7 +109,8 @@ class TruePoseConfig:
     training; 0 is plain concatenation. match: what places on the body are, "skeleton" (on limb lines) or "surface" (of
     a body lifted from the keypoints). aligned (x0 prediction only): TargetNet also sees the source carried to the
     target pose and predicts what to change in it; aligned_by: carried along the "skeleton", a coarse warp without
-    weights, or by "recurrent" alignment (`alignment.recurrent`, frozen), whose parsing is also P and read. size:
+    weights, or by "recurrent" alignment (`alignment.recurrent`, frozen), whose parsing is also P and read.
+    aligned_tokens: the source's tokens are also read aligned to the target pose, beside its own (`source.align`). size:
     (height, width) of the training images, in pixels. scheduler: keyword arguments of the sampler. vae: keyword
     arguments of diffusers' AutoencoderKL where the file brings its own VAE. behaviour: how the nets are run. control3d:
     relative depth guidance, or None.
@@ -130,6 +131,7 @@ class TruePoseConfig:
     gamma: float = 0.0
     aligned: bool = False
     aligned_by: str = "skeleton"
+    aligned_tokens: bool = False
     match: str = "skeleton"
     vae: dict[str, Any] | None = None
     behaviour: Behaviour = Behaviour()
@@ -160,6 +162,11 @@ class TruePoseConfig:
             raise TruePoseError(f"aligned_by is {self.aligned_by!r}; expected one of {', '.join(ALIGNED_BY)}")
         if self.recurrent and self.match != "surface":
             raise TruePoseError("recurrent alignment needs the source's bodies: match must be 'surface'")
+        if self.aligned_tokens and (self.match != "surface" or self.fusion == "none" or self.aligned):
+            raise TruePoseError(
+                "aligned tokens stand beside those that SourceNet read, at places on the body's surface: match must be "
+                "'surface', fusion 'concat' or 'hpfa', and aligned off"
+            )
         if self.aligned and self.prediction_type != "sample":
             raise TruePoseError(
                 f"aligned predicts what to change in a picture, which prediction type {self.prediction_type!r} is not; "
@@ -170,6 +177,11 @@ class TruePoseConfig:
     def recurrent(self) -> bool:
         """Whether the source is carried by recurrent alignment."""
         return self.aligned and self.aligned_by == "recurrent"
+
+    @property
+    def aligns(self) -> bool:
+        """Whether recurrent alignment brings the source, as a picture or as tokens, to the target pose."""
+        return self.recurrent or self.aligned_tokens
 
     @property
     def source_unet(self) -> dict[str, Any]:

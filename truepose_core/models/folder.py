@@ -108,11 +108,14 @@ def _config(unet: Any, codec: VAECodec, scheduler: Any) -> TruePoseConfig:
     )
 
 
-def trainable_from_folder(path: str | Path, fusion: str, size: tuple[int, int]) -> TruePoseModel:
+def trainable_from_folder(
+    path: str | Path, fusion: str, size: tuple[int, int], aligned_tokens: bool = False
+) -> TruePoseModel:
     """A TruePose model whose SourceNet and TargetNet start as two copies of the folder's UNet, with its VAE (frozen).
 
     fusion: "none", "concat" or "hpfa", which starts as concatenation (beta = gamma = lambda = 0). size: (height, width)
-    of the training pictures in pixels. The pose encoder starts at zero. Raises as `load_folder`.
+    of the training pictures in pixels. aligned_tokens: as in `TruePoseConfig`. The pose encoder starts at zero. Raises
+    as `load_folder`.
     """
     from diffusers import UNet2DConditionModel
 
@@ -121,7 +124,7 @@ def trainable_from_folder(path: str | Path, fusion: str, size: tuple[int, int]) 
     codec = load_vae(path)
     config = _config(target_net, codec, _scheduler(path))
     # What is trained is trained to read clean.
-    config = replace(config, fusion=fusion, size=size, beta=0.0, behaviour=Behaviour())
+    config = replace(config, fusion=fusion, size=size, beta=0.0, behaviour=Behaviour(), aligned_tokens=aligned_tokens)
     source_net = None if fusion == "none" else copy.deepcopy(target_net)
     return TruePoseModel(config, source_net=source_net, target_net=target_net, codec=codec)
 

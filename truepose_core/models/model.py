@@ -33,6 +33,7 @@ from truepose_core.models.processors import (
 from truepose_core.models.styling import add_style_places, styling
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
+from truepose_core.source.align import with_aligned_tokens
 from truepose_core.source.features import NOISE_SEED, Level, SourceFeatures
 
 _pose_embedding: ContextVar[Tensor | None] = ContextVar("pose_embedding", default=None)
@@ -296,11 +297,12 @@ class TruePoseModel(nn.Module):
             parsing,
             body,
             caa,
-            image if self.config.aligned else None,
+            image if self.config.aligned or self.config.aligned_tokens else None,
             self._context(context, latent) if behaviour.context == "image" else None,
             latent if behaviour.keeps_latent or keep_latent else None,
             places_of(self.config.match, body, image.shape[-1] / image.shape[-2], pose),
-            align=self.config.recurrent,
+            align=self.config.aligns,
+            beside=self.config.aligned_tokens,
         )
         if self.config.fusion == "none" or behaviour.source_timestep == "step" or keep_latent:
             return features
@@ -394,6 +396,7 @@ class TruePoseModel(nn.Module):
         unread = omega is not None and not bool(omega.any()) and style == 0
         if source is None or strength == 0 or unread:
             return TargetPass(latent_size)
+        source = with_aligned_tokens(source, target_body)
         prior: dict[int, Tensor] = {}
         body: dict[int, Tensor] = {}
         counts = token_counts(self.target_net, latent_size)

@@ -195,7 +195,7 @@ class TruePosePipeline(DiffusionPipeline):
             noised_at=self._levels(levels) if reading == NOISE_LEVELS else (),
             keep_latent=reading == EVERY_STEP,
         )
-        if features.align and person.body is not None:
+        if self.model.config.recurrent and person.body is not None:
             whole = WholeSource(image.float().cpu(), person.parsing.to("cpu"), person.body.float().cpu(), source_pose)
             return replace(features, whole=whole)
         return features

@@ -22,7 +22,6 @@ from truepose_core.source.combine import CombinedFeatures, stacked
 from truepose_core.source.features import Level, SourceFeatures
 
 
-@torch.no_grad()
 def align_source(
     source: SourceFeatures,
     image: Tensor,
@@ -48,7 +47,7 @@ def align_source(
             "and read the source once or at noise levels"
         )
     if source.image is not None:
-        raise TruePoseError("this model carries its source to the target pose by itself; take its source as it is")
+        raise TruePoseError("this model aligns its source to the target pose by itself; take its source as it is")
     size = (image.shape[-2], image.shape[-1])
     if len(image) != source.batch or size != source.parsing.size:
         raise TruePoseError(
@@ -56,26 +55,46 @@ def align_source(
             f"and {len(image)} of {size[1]}x{size[0]} are given; give the picture that SourceNet Encode read"
         )
     made = align_person(image, source.parsing.to("cpu"), source.body.cpu(), target_body, steps=steps)
-    times = len(target_body) // source.batch
-    first = source if times == 1 else _many(source, times)
+    return _beside(source, made, target_body, kind), made
+
+
+def with_aligned_tokens(
+    source: SourceFeatures, target_body: Tensor | None, kind: type[CombinedFeatures] = CombinedFeatures
+) -> SourceFeatures:
+    """The source in target poses [T, 18, 3] for a model that reads aligned tokens `beside` its own. As it is for any
+    other model, for combined sources, without a pose, and where a pose shows too little of a person."""
+    if not source.beside or target_body is None:
+        return source
+    made = source.aligned(target_body)
+    return source if made is None else _beside(source, made, target_body, kind)
+
+
+def _beside(
+    source: SourceFeatures, made: AlignedPerson, target_body: Tensor, kind: type[CombinedFeatures]
+) -> CombinedFeatures:
+    """The source's tokens, and behind them the same as `made` says where they go."""
+    times = max(1, len(target_body) // source.batch)
+    first = replace(source if times == 1 else _many(source, times), image=None, align=False, beside=False)
+    # Bodies that were handed in for these poses are no guess to make again.
+    first._rows.update({key: bodies for key, bodies in source._rows.items() if key[0] == "pose"})
 
     def moved(sites: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: _looked_up(x, first.grid(name), made.grid) for name, x in sites.items()}
 
+    poses = target_body.expand(first.batch, -1, -1).to(first.body)
     surface = source.surface
     if surface is not None:
-        surface = replace(surface, body=target_body, given=made.target)
+        surface = replace(surface, body=poses, given=made.target)
     second = replace(
         first,
         sites=moved(first.sites),
-        parsing=made.parsing,
-        body=target_body.to(first.body),
+        parsing=made.parsing.to(first.parsing.masks.device),
+        body=poses,
         surface=surface,
         levels=tuple(Level(level.sigma, moved(level.sites), level.style) for level in first.levels),
         shown=made.own,
     )
-    table = torch.ones(2, len(Region))
-    return stacked([first, second], table, first.batch, kind), made
+    return stacked([first, second], torch.ones(2, len(Region)), first.batch, kind)
 
 
 def _looked_up(tokens: Tensor, grid: tuple[int, int], where: Tensor) -> Tensor:

@@ -111,12 +111,13 @@ class SourceFeatures:
     latent_size: (h, w) of the source latent. parsing: the source's, [B, 7, H, W]. body: its keypoints [B, 18, 3], or
     None (no body match, no skeleton prior).
     caa: the region tokens of the source, or None. image: the source [B, 3, H, W] in [0, 1] at the model's size, where
-    the model also reads the source carried to the target pose; else None.
+    the model also reads the source carried or aligned to the target pose; else None.
     context: what cross-attention reads, [B, T, c], where that is an embedding of the source picture; else None.
     latent: the source's [B, C, h, w], where SourceNet runs during sampling (`sites` is then empty); else None.
     surface: the source people's bodies, where places and priors go by the body's surface; None: by the skeleton. align:
-    whether the source is carried by recurrent alignment (`aligned`), which needs those bodies. whole: with align, the
-    source at its own size, so that pictures of any size can be composed of it (`aligned_at`).
+    whether recurrent alignment brings the source to the target pose (`aligned`), which needs those bodies. beside:
+    whether what is read then is its tokens, beside its own (`source.align`), and not its picture. whole: with align,
+    the source at its own size, so that pictures of any size can be composed of it (`aligned_at`).
     levels: what was read at each noise level, from the highest, of which `sites` are the middle one; empty where the
     source was read once. style: as of a `Level`, of the pass that `sites` are of.
     shown: how much of each place is really there [B, 1, h, w], for tokens that were aligned to another pose
@@ -138,6 +139,7 @@ class SourceFeatures:
     align: bool = False
     whole: WholeSource | None = None
     shown: Tensor | None = None
+    beside: bool = False
     # Not an argument, so that `dataclasses.replace` never carries rows of another parsing along.
     _rows: dict[tuple[str, Any], Any] = field(init=False, default_factory=dict, repr=False)
 

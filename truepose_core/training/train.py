@@ -66,7 +66,8 @@ class TrainingConfig:
     after which the averaged weights are written aside (for a table at equal budget). base: a Stable Diffusion folder
     whose UNet both nets start from, or "" for random weights. data: "mannequin", or a folder of pairs (`FolderPairs`).
     height, width: of the training pictures; 0 is the model's own size. first_source: a person's first pose in the
-    mannequin's pool is always the source, so that its alignment to the others is made once. human_prior: weight of
+    mannequin's pool is always the source, so that its alignment to the others is made once. aligned_tokens: the
+    source's tokens are also read aligned to the target pose (`source.align`; RePoseDM's form). human_prior: weight of
     L_HPL, where the model has 3D guidance. twins: share of the mannequin's target pairs that differ in depth alone
     (`mannequin.twins`). twin_weight: of the loss on their difference. decay: share of the steps, at the end, over which
     the learning rate falls to zero.
@@ -102,6 +103,7 @@ class TrainingConfig:
     base: str = ""
     data: str = "mannequin"
     first_source: bool = False
+    aligned_tokens: bool = False
     twins: float = 0.0
     height: int = 0
     width: int = 0
@@ -116,6 +118,8 @@ class TrainingConfig:
     def build(self) -> TruePoseModel:
         """The model at the start of training: random weights, or those of the base folder."""
         config = ROWS[self.row]()
+        if self.aligned_tokens:
+            config = replace(config, aligned_tokens=True)
         size = (self.height, self.width) if self.height else None
         if not self.base:
             return TruePoseModel(config if size is None else replace(config, size=size))
@@ -126,7 +130,7 @@ class TrainingConfig:
             )
         from truepose_core.models.folder import trainable_from_folder
 
-        return trainable_from_folder(self.base, config.fusion, size or (512, 384))
+        return trainable_from_folder(self.base, config.fusion, size or (512, 384), self.aligned_tokens)
 
 
 _SMALL = (32, 48)

@@ -12,7 +12,7 @@ from truepose_core.models.config import large_config
 from truepose_core.models.model import TruePoseModel
 from truepose_core.parsing import HumanParsing
 from truepose_core.pipeline import TruePosePipeline
-from truepose_core.source.align import align_source
+from truepose_core.source.align import align_source, with_aligned_tokens
 from truepose_core.source.features import SourceFeatures
 
 
@@ -92,6 +92,44 @@ def test_tokens_of_which_nothing_was_seen_change_nothing(model, source, pairs):
     assert torch.allclose(told(unseen), told(source), atol=1e-5)
 
 
+def twin(model):
+    """The same weights, in a model that reads aligned tokens by itself."""
+    other = TruePoseModel(replace(model.config, aligned_tokens=True)).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_a_model_trained_so_aligns_by_itself(model, source, pairs):
+    joined, _ = align_source(source, pairs.source.image, pairs.target.keypoints)
+    pictures = []
+    for net, given in ((model, joined), (twin(model), pairs.source.image)):
+        pipe = TruePosePipeline.from_model(net)
+        pipe.set_progress_bar_config(disable=True)
+        more = {}
+        if given is pairs.source.image:
+            more = {"source_parsing": source.parsing, "source_body": source.body}
+        made = pipe(given, pairs.target.keypoints, height=128, width=96, num_inference_steps=1, seed=0, **more)
+        pictures.append(made.images)
+    assert torch.allclose(*pictures, atol=1e-5)
+
+
+def test_aligned_tokens_are_trained_through(model, pairs):
+    """A gradient reaches SourceNet also where the target reads nothing but aligned tokens."""
+    net = twin(model)
+    own = net.encode_source(pairs.source.image, HumanParsing(pairs.source.parsing), pairs.source.keypoints)
+    joined = with_aligned_tokens(own, pairs.target.keypoints)
+    count = next(iter(own.sites.values())).shape[1]
+    next(iter(joined.sites.values()))[:, count:].square().sum().backward()
+    assert net.source_net.conv_in.weight.grad.abs().sum() > 0
+    assert with_aligned_tokens(own, None) is own and with_aligned_tokens(joined, pairs.target.keypoints) is joined
+
+
+def test_settings_that_cannot_hold_aligned_tokens(model):
+    for wrong in ({"match": "skeleton"}, {"fusion": "none"}):
+        with pytest.raises(TruePoseError, match="aligned tokens stand beside"):
+            replace(model.config, aligned_tokens=True, **wrong)
+
+
 def test_one_source_in_several_poses(model, pairs):
     with torch.no_grad():
         one = model.encode_source(
@@ -110,7 +148,7 @@ def test_what_cannot_be_aligned(source, pairs):
         align_source(replace(source, body=None), image, target)
     with pytest.raises(TruePoseError, match="read from 2 pictures of 96x128, and 1 of 96x128 are given"):
         align_source(source, image[:1], target)
-    with pytest.raises(TruePoseError, match="carries its source to the target pose by itself"):
+    with pytest.raises(TruePoseError, match="aligns its source to the target pose by itself"):
         align_source(replace(source, image=image), image, target)
     joined, _ = align_source(source, image, target)
     with pytest.raises(TruePoseError, match="only a single source"):

@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cli.test_folder import make_folder
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import one_hot
 
 from truepose_core.errors import TruePoseError
-from truepose_core.models.config import mannequin_config
+from truepose_core.models.config import large_config, mannequin_config
 from truepose_core.models.processors import attention_sites
 from truepose_core.models.store import load_model
 from truepose_core.parsing import HumanParsing
@@ -332,6 +333,17 @@ def test_settings_that_make_no_sense_are_named():
         TrainingConfig(row="tony")
     with pytest.raises(TruePoseError, match=r"height is 512 and width 0"):
         TrainingConfig(height=512)
+
+
+def test_aligned_tokens_are_a_setting_of_any_row_that_reads_tokens(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.ROWS, "reader", lambda: large_config("concat", False, (16, 32)))
+    path = trainer(tmp_path / "run", row="reader", steps=1, aligned_tokens=True).run()
+    assert load_model(path).config.aligned_tokens
+    with pytest.raises(TruePoseError, match="aligned tokens stand beside"):
+        TrainingConfig(row="tiny", aligned_tokens=True).build()
+    folder = make_folder(tmp_path / "base", "sd15")
+    base = TrainingConfig(row="reader", base=str(folder), height=64, width=48, aligned_tokens=True).build()
+    assert base.config.aligned_tokens and base.config.family == "sd15"
 
 
 def test_exported_weights_are_the_averaged_ones_and_load(tmp_path):
