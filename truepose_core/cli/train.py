@@ -84,6 +84,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sample_every": (whole(1, MOST), "N", "steps between sample sheets"),
     "save_every": (whole(1, MOST), "N", "steps between checkpoints"),
     "keep": (whole(1, MOST), "STEP", "steps whose averaged weights are written aside as weights-STEP.safetensors"),
+    "start": (str, "FILE", "weights of the same row to go on from, with a fresh optimiser"),
     "base": (
         str,
         "FOLDER",
@@ -116,7 +117,6 @@ SMALL_OPTIONS: dict[str, tuple[Any, str, str]] = {
     "hypotheses": (whole(1, 16), "N", "bodies that the network offers"),
     "refill": (whole(1, MOST), "N", "people replaced at once, as often as one person a step makes it"),
     "longer": (number(0, 1), "SHARE", "share of the steps that go from pose to pose in two steps, not one"),
-    "start": (str, "FILE", "weights to go on from"),
     "lift": (str, "FILE", "the lifting network, if not the one that ships"),
     "channels": (whole(8, 1024), "N", "channels at half the picture's size"),
     "valid": (whole(16, MOST), "N", "valid poses drawn from the mannequin world"),

@@ -63,7 +63,8 @@ class TrainingConfig:
     """What a run is made of. Two runs with equal configurations see the same data and start from the same weights.
 
     row: one of `ROWS`. steps: optimiser steps. sources, targets: people per step and target poses of each. keep: steps
-    after which the averaged weights are written aside (for a table at equal budget). base: a Stable Diffusion folder
+    after which the averaged weights are written aside (for a table at equal budget). start: a model file of this row to
+    go on from with a fresh optimiser, or "" for random weights. base: a Stable Diffusion folder
     whose UNet both nets start from, or "" for random weights. data: "mannequin", or a folder of pairs (`FolderPairs`).
     height, width: of the training pictures; 0 is the model's own size. first_source: a person's first pose in the
     mannequin's pool is always the source, so that its alignment to the others is made once. aligned_tokens: the
@@ -100,6 +101,7 @@ class TrainingConfig:
     sample_every: int = 250
     save_every: int = 250
     keep: tuple[int, ...] = ()
+    start: str = ""
     base: str = ""
     data: str = "mannequin"
     first_source: bool = False
@@ -121,6 +123,8 @@ class TrainingConfig:
         if self.aligned_tokens:
             config = replace(config, aligned_tokens=True)
         size = (self.height, self.width) if self.height else None
+        if self.start:
+            return self._started(config if size is None else replace(config, size=size))
         if not self.base:
             return TruePoseModel(config if size is None else replace(config, size=size))
         if config.caa is not None:
@@ -131,6 +135,22 @@ class TrainingConfig:
         from truepose_core.models.folder import trainable_from_folder
 
         return trainable_from_folder(self.base, config.fusion, size or (512, 384), self.aligned_tokens)
+
+    def _started(self, config: TruePoseConfig) -> TruePoseModel:
+        """The model of `start`. Raises TruePoseError for one of another configuration, its size aside."""
+        from truepose_core.models.store import load_model
+
+        if self.base:
+            raise TruePoseError(f"--start {self.start} and --base {self.base} both say where the weights come from")
+        model = load_model(self.start)
+        # As text: lists and tuples are the same there.
+        if replace(model.config, size=config.size).to_json() != config.to_json():
+            raise TruePoseError(
+                f"{self.start} is no model of row {self.row}: its configuration is another. Start from a file that "
+                "this row wrote"
+            )
+        model.config = config
+        return model.train()
 
 
 _SMALL = (32, 48)

@@ -346,6 +346,18 @@ def test_aligned_tokens_are_a_setting_of_any_row_that_reads_tokens(tmp_path, mon
     assert base.config.aligned_tokens and base.config.family == "sd15"
 
 
+def test_a_run_goes_on_from_the_weights_of_another(tmp_path):
+    first = trainer(tmp_path / "one", steps=1).run()
+    more = trainer(tmp_path / "two", start=str(first), seed=5, height=64, width=48)
+    assert more.step == 0 and more.model.config.size == (64, 48) and more.model.training
+    for name, weight in load_model(first).state_dict().items():
+        assert torch.equal(more.model.state_dict()[name], weight), name
+    with pytest.raises(TruePoseError, match="is no model of row epsilon"):
+        TrainingConfig(row="epsilon", start=str(first)).build()
+    with pytest.raises(TruePoseError, match="both say where the weights come from"):
+        TrainingConfig(row="tiny", start=str(first), base="folder").build()
+
+
 def test_exported_weights_are_the_averaged_ones_and_load(tmp_path):
     run = trainer(tmp_path, steps=2, keep=(1,))
     path = run.run()
