@@ -144,3 +144,10 @@ def test_the_first_line_comes_before_anything_heavy_is_imported(monkeypatch, cap
     monkeypatch.setattr(command, "choose_model", heavy)
     assert main(["transfer", "a.png", "--pose", "b.json", "--out", "c.png"]) == 130
     assert said == ["reading a.png"]
+
+
+def test_eval_offers_every_world():
+    from truepose_core.mannequin.world import WORLDS
+
+    (option,) = (action for action in options("eval") if "--world" in action.option_strings)
+    assert option.choices == WORLDS
