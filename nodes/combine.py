@@ -6,13 +6,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import fits_cells
 from truepose_core.parsing import HumanParsing
 from truepose_core.parsing.editing import MAX_BLUR, MAX_GROW, soften_mask
 from truepose_core.regions import REGION_NAMES
 from truepose_core.source.combine import combine_sources
 
 from .host import features as host_features
-from .host import unet as host_unet
 from .schema import Parsing, Source, schema
 
 
@@ -125,7 +125,7 @@ def check_latent(latent: Tensor, parsing: HumanParsing) -> None:
         raise TruePoseError(f"the latent is {tuple(latent.shape)}; expected that of a picture, [B, C, h, w]")
     height, width = parsing.size
     h, w = latent.shape[2:]
-    if not host_unet.same_shape(parsing.size, (h, w)):
+    if not fits_cells(parsing.size, (h, w)):
         raise TruePoseError(
             f"the parsing is {width}x{height} and the latent {w}x{h} cells: another shape; "
             "make both from the same picture"

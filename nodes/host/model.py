@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from truepose_core.alignment.control3d import Control3D
 from truepose_core.attention.caa import CAASite, RegionTokens
+from truepose_core.attention.heads import split_heads
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame, fit
@@ -246,7 +247,7 @@ class Adapter:
             module = modules[key]
             heads = module.kappa.numel()
             x = tokens.tokens.to(module.to_k.weight)
-            k, v = (f(x).unflatten(-1, (heads, -1)).transpose(1, 2).cpu() for f in (module.to_k, module.to_v))
+            k, v = (split_heads(f(x), heads).cpu() for f in (module.to_k, module.to_v))
             found[site] = CrossTokens(k, v, regions, tokens.shown, module.kappa.cpu(), module.scale.cpu())
         return found
 

@@ -11,6 +11,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from truepose_core.attention.heads import split_heads
 from truepose_core.attention.view import Look, SiteLook, attention_mass, combine, spread_kept
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
@@ -79,7 +80,7 @@ class _Eye:
         if not any(a is self.chosen for a, _ in counts):
             return
         if not skip_reshape:
-            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+            q, k = (split_heads(x, heads) for x in (q, k))
         height, width = options["activations_shape"][-2:]
         places = height * width
         # HyperTile, ToMe and others cut or merge tokens: what is left cannot be laid on the picture.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot, pad, scaled_dot_product_attention
 
+from truepose_core.attention.heads import merge_heads, split_heads
 from truepose_core.attention.hpfa import REGIONS, SHUT
 
 BACKGROUND = 0
@@ -95,9 +96,8 @@ class CAASite(nn.Module):
 
     def forward(self, q: Tensor, region_tokens: RegionTokens, prior: Tensor | None) -> tuple[Tensor, Tensor]:
         """q [B, H, N, D] -> (out [B, H, N, D], P [B, N, 7]); `scale` is left to the caller."""
-        b, h, _, d = q.shape
         tokens = region_tokens.tokens.to(q)
-        k, v = (f(tokens).reshape(b, -1, h, d).transpose(1, 2) for f in (self.to_k, self.to_v))
+        k, v = (split_heads(f(tokens), q.shape[1]) for f in (self.to_k, self.to_v))
         return caa_attention(q, k, v, region_tokens.regions, region_tokens.shown, prior=prior, kappa=self.kappa.to(q))
 
 
@@ -115,12 +115,11 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
         x, latents = self.norm1(x), self.norm2(latents)
-        b, n, _ = latents.shape
         q = self.to_q(latents)
         k, v = self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1)
-        q, k, v = (t.reshape(b, t.shape[1], self.heads, -1).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None].to(q))
-        return self.to_out(out.transpose(1, 2).reshape(b, n, -1))
+        return self.to_out(merge_heads(out))
 
 
 class PerceiverLayer(nn.Module):

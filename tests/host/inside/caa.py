@@ -36,6 +36,7 @@ from stacking import OTHERS, control_net, with_lora
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import fits_cells
 from truepose_core.models import vision_tower
 from truepose_core.models.ip_adapter import RegionAdapter
 from truepose_core.parsing import HumanParsing
@@ -276,18 +277,19 @@ def test_clones_share_it_and_copies_are_freed() -> None:
     (one,) = host_patch.applied_caas(patched.clone().clone())
     assert copy.deepcopy(one) is one
     assert torch.equal(sample(patched), sample(patched.clone()))
-    assert one._copies == {}
+    cache = patched.attachments[host_patch.KEY].cache
+    assert len(cache) == 0
     assert one.nbytes(2) * 2 == one.nbytes(4) > 0
     broken, seen = patched.clone(), []
 
     def fail(args: dict) -> None:
-        seen.append(len(one._copies))
+        seen.append(len(cache))
         raise RuntimeError("stop")
 
     broken.set_model_sampler_post_cfg_function(fail)
     with pytest.raises(RuntimeError, match="stop"):
         sample(broken)
-    assert seen[0] > 0 and one._copies == {}
+    assert seen[0] > 0 and len(cache) == 0
 
 
 # ------------------------------------------------------------------------------------------------- rows and batches
@@ -658,9 +660,9 @@ class TestBadInput:
             ((100, 61), (13, 7)),
             ((6, 4), (12, 8)),
         ):
-            assert host_unet.same_shape(picture_size, cells)
+            assert fits_cells(picture_size, cells)
         for picture_size, cells in (((512, 512), (64, 96)), ((512, 800), (64, 96)), ((768, 512), (64, 96))):
-            assert not host_unet.same_shape(picture_size, cells)
+            assert not fits_cells(picture_size, cells)
 
 
 def test_the_adapter_file_goes_by_the_models_shape() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, gelu, scaled_dot_product_attention, silu
 
+from truepose_core.attention.heads import merge_heads, split_heads
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame, fit
 from truepose_core.json_text import parse_json
@@ -144,8 +145,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
-        return self.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(y, self.heads) for y in projected)
+        return self.to_out[0](merge_heads(scaled_dot_product_attention(q, k, v)))
 
 
 class GEGLU(nn.Module):
