@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from truepose_core.body.person import PosedBody
     from truepose_core.body.smpl import SmplModel
-    from truepose_core.pose import Pose
+    from truepose_core.pose.keypoints import ANKLES, HIPS, NECK
+from truepose_core.pose import Pose
 
 GALLERY = "gallery:"
 """How a --pose begins that names a ready pose."""
@@ -185,7 +186,7 @@ def retargeted(
     return list(fresh)
 
 
-ANCHOR_JOINTS = {"feet": (10, 13), "hips": (8, 11), "neck": (1,)}
+ANCHOR_JOINTS = {"feet": ANKLES, "hips": HIPS, "neck": (NECK,)}
 
 
 def anchor_way(body: Tensor, source: Tensor, anchor: str) -> Tensor:
