@@ -14,7 +14,7 @@ from truepose_core.source.features import SourceFeatures
 
 from .host import features as host_features
 from .host import view as host_view
-from .schema import known, schema, to_core, to_host
+from .schema import schema, supported, to_core, to_host
 
 WITH, WITHOUT = "with HPFA", "without HPFA"
 SHOWN = 320
@@ -82,7 +82,7 @@ class AttentionView(io.ComfyNode):
                     max=16,
                     tooltip="Which source, where several Apply HPFA follow each other: 1 is nearest the loader.",
                 ),
-                known(
+                supported(
                     io.Int.Input,
                     id="seed",
                     default=0,

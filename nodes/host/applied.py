@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from truepose_core.attention.fusion import KeptTokens, keep_tokens
+from truepose_core.guidance.scales import weigh_region_tokens
 from truepose_core.parsing import HumanParsing
 from truepose_core.regions import Region
 from truepose_core.source.features import SourceFeatures
@@ -16,8 +18,11 @@ from truepose_core.source.features import SourceFeatures
 from .base import RunCache
 from .batch import UNCONDITIONAL
 from .caa import CrossTokens
-from .features import SourceReader
+from .features import HostFeatures, SourceReader
 from .unet import PARTS, in_window, is_on
+
+if TYPE_CHECKING:
+    from .model import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +199,49 @@ class AppliedSource:
     def aligned_on(self, cache: RunCache, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two parts of `aligned` on the device and in the type of `like`."""
         return cache.of((self, like.device, like.dtype), lambda: tuple(x.to(like) for x in self.aligned))
+
+
+def applied_source(
+    adapter: Adapter | None,
+    source: HostFeatures,
+    omega: tuple[float, ...],
+    strength: float,
+    set_match: tuple[float, float] | None,
+    target_parsing: HumanParsing | None,
+    body: Tensor | None,
+    **more: object,
+) -> AppliedSource:
+    """One source as a model shall read it. set_match: (region match, body match) in place of what an adapter learned;
+    body: the target poses [T, 18, 3] on the model's canvas, or None; more: see `AppliedSource`."""
+    given = target_parsing is not None
+    parsing = target_parsing.to("cpu") if given else None
+    if given and adapter is not None:
+        parsing = adapter.frame(parsing.size).apply_parsing(parsing)
+    wants_regions = more.get("beta", 0) > 0 or adapter is not None
+    if not given and body is not None and source.body is not None and wants_regions:
+        # A TruePose model has learned with the parsing carried at its latent's size.
+        parsing = source.prior(body, *(source.parsing.size if adapter is None else source.latent_size))
+    learned: dict = {}
+    if adapter is not None and source.family == adapter.config.family and strength > 0 and any(omega):
+        weights = torch.tensor(omega)
+        weights = None if bool((weights == 1).all()) else weights
+        beta, gamma = set_match or (None, None)
+        weighed = weigh_region_tokens(source, weights, strength)
+        learned = {
+            "weights": adapter.site_weights(beta, gamma),
+            "cross": adapter.cross_tokens(weighed.caa, "target"),
+            "aligned": adapter.aligned(source, body, weights, strength),
+        }
+    return AppliedSource(
+        source=source,
+        omega=omega,
+        strength=strength,
+        target=parsing,
+        target_body=body,
+        given=given,
+        **learned,
+        **more,
+    )
 
 
 @dataclass(frozen=True)

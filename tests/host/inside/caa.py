@@ -40,6 +40,7 @@ from truepose_core.framing.frame import fits_cells
 from truepose_core.models import vision_tower
 from truepose_core.models.ip_adapter import RegionAdapter
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import prior_for_poses
 from truepose_core.regions import Region
 
 UPPER = int(Region.UPPER)
@@ -239,9 +240,9 @@ def test_a_pose_carries_the_regions() -> None:
         inputs = {"image": shown.image.movedim(1, -1), "parsing": HumanParsing(shown.parsing), "pose": pose}
         caa[name] = encoded(**inputs)
     target = keypoints(person(5, "walk", 96, 64))
-    from pack.nodes.source import bodies, carried_parsing
+    from pack.nodes.schema import read_bodies
 
-    carried = carried_parsing(caa["with"].parsing, caa["with"].body, bodies(target, "the pose"))
+    carried = prior_for_poses(caa["with"].parsing, caa["with"].body, read_bodies(target, "the pose"))
     ours = sample(applied(model(), caa["with"], target_pose=target))
     assert close(ours, sample(applied(model(), caa["with"], target_parsing=carried)))
     with pytest.raises(TruePoseError, match="connect pose to CAA Encode"):

@@ -138,9 +138,9 @@ def by_hand(count: int, x: Tensor, sigma: float, timestep: int, scales: tuple[fl
 
 def pixels(body: Tensor) -> Tensor:
     """The keypoints as POSE_KEYPOINT tells them."""
-    from pack.nodes.source import bodies
+    from pack.nodes.schema import read_bodies
 
-    return bodies(posed(body), "the pose")
+    return read_bodies(posed(body), "the pose")
 
 
 def sigma_of(model: object, timestep: int) -> float:

@@ -9,12 +9,11 @@ import torch
 from bench import ALL, GREY, apply, close, far, latent, model, parsing, sample, source, split
 from comfy.patcher_extension import WrappersMP
 from fixtures.tiny import make_conditioning, make_model, make_vae
-from pack.nodes.combine import CombineSources
 from pack.nodes.host import features as host_features
 from pack.nodes.host import patch as host_patch
 from pack.nodes.host import source as host_source
 from pack.nodes.host import unet as host_unet
-from pack.nodes.source import ApplyHPFA, SourceNetEncode
+from pack.nodes.source import ApplyHPFA, CombineSources, SourceNetEncode
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
