@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.parsing.human_parsing import N_REGIONS
 from truepose_core.pose.keypoints import (
     ANKLES,
     EARS,
@@ -23,7 +22,7 @@ from truepose_core.pose.keypoints import (
     SHOULDERS,
     WRISTS,
 )
-from truepose_core.regions import Region
+from truepose_core.regions import N_REGIONS, Region
 
 ARMS = tuple(zip(SHOULDERS, ELBOWS, WRISTS, strict=True))
 LEGS = tuple(zip(HIPS, KNEES, ANKLES, strict=True))
