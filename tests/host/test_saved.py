@@ -41,8 +41,9 @@ def completed(workflow: dict, info: dict) -> dict:
         values = node["widgets_values"]
         places = []
         for name, declaration in widgets(info[node["type"]]):
-            options = options_of(declaration) or [None]
-            places += [declaration[1].get("default", options[0])] + ["fixed"] * has_control(name, declaration)
+            settings = declaration[1] if len(declaration) > 1 else {}
+            default = settings.get("default", next(iter(options_of(declaration) or ()), None))
+            places += [default] + ["fixed"] * has_control(name, declaration)
         values += places[len(values) :]
     return workflow
 

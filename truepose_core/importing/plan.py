@@ -85,7 +85,7 @@ class Kind:
 
 
 def describe(tensors: Mapping[str, TensorInfo]) -> Kind | None:
-    """The kind of a checkpoint, for a message, by its keys and shapes, whatever stands before its keys; None for an unknown one."""
+    """The kind of a checkpoint by its keys and shapes, whatever stands before its keys; None for an unknown one."""
 
     def some(*words: str) -> bool:
         return any(word in name for name in tensors for word in words)

@@ -13,14 +13,14 @@ from truepose_core.cli.transfer.bodies import read_posed
 from truepose_core.cli.transfer.maps import PoseMaps, load_map
 from truepose_core.cli.transfer.person import PICTURES, Networks, PersonPhoto, choose_person, load_photo, told_where
 from truepose_core.errors import TruePoseError
+from truepose_core.pose.keypoints import ANKLES, HIPS, NECK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from truepose_core.body.person import PosedBody
     from truepose_core.body.smpl import SmplModel
-    from truepose_core.pose.keypoints import ANKLES, HIPS, NECK
-from truepose_core.pose import Pose
+    from truepose_core.pose import Pose
 
 GALLERY = "gallery:"
 """How a --pose begins that names a ready pose."""
