@@ -27,18 +27,13 @@ from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame, fit
 from truepose_core.guidance.scales import rescale_guidance
+from truepose_core.models.beside import AlignedEncoder, middle_site, nearest, scale_densepose
 from truepose_core.models.cfld.encoder import is_cfld
 from truepose_core.models.codec import PixelCodec
 from truepose_core.models.config import SKELETON, TruePoseConfig
-from truepose_core.models.model import (
-    AlignedEncoder,
-    RegionReader,
-    TruePoseModel,
-    middle_site,
-    nearest,
-    scale_densepose,
-)
+from truepose_core.models.model import TruePoseModel
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
+from truepose_core.models.region_reader import RegionReader
 from truepose_core.parsing import HumanParsing
 from truepose_core.source.features import SourceFeatures
 from truepose_core.weights.strict import ARCHITECTURE, bundled_path, load_strict, read_metadata

@@ -17,7 +17,8 @@ from truepose_core.guidance.field import (
     signal_share,
 )
 from truepose_core.models.config import TruePoseConfig
-from truepose_core.models.model import TargetPass, TruePoseModel
+from truepose_core.models.model import TruePoseModel
+from truepose_core.models.processors import TargetPass
 from truepose_core.source.features import SourceFeatures, nearest_level
 
 
