@@ -29,6 +29,7 @@ from .schema import (
     schema,
     source_person,
     supported,
+    unconditional_input,
 )
 
 FROM_SHAPES = "from the file"
@@ -235,15 +236,9 @@ class ApplyCAA(io.ComfyNode):
                     ),
                 ),
                 *percent_window("the tokens are read"),
-                supported(
-                    io.Combo.Input,
-                    id="unconditional",
-                    options=["drop", "keep"],
-                    default="drop",
-                    tooltip=(
-                        "drop: the negative prompt does not see the person (an IP-Adapter then gives it the tokens of "
-                        "no picture, as in its training), so guidance strengthens the person. keep: both see it."
-                    ),
+                unconditional_input(
+                    "drop: the negative prompt does not see the person (an IP-Adapter then gives it the tokens of "
+                    "no picture, as in its training), so guidance strengthens the person. keep: both see it."
                 ),
                 Parsing.Input(
                     "target_parsing",

@@ -16,7 +16,16 @@ from .host import control3d as host_control3d
 from .host import features as host_features
 from .host import model as host_model
 from .host import unet as host_unet
-from .schema import ADAPTER_HINT, Adapter, PoseKeypoint, Source, percent_window, read_bodies, schema, supported
+from .schema import (
+    ADAPTER_HINT,
+    Adapter,
+    PoseKeypoint,
+    Source,
+    percent_window,
+    read_bodies,
+    schema,
+    unconditional_input,
+)
 
 
 class Apply3DGuidance(io.ComfyNode):
@@ -59,14 +68,8 @@ class Apply3DGuidance(io.ComfyNode):
                     tooltip="Factor lambda of what is added. 0 is exactly the model without the node.",
                 ),
                 *percent_window("the guidance works"),
-                supported(
-                    io.Combo.Input,
-                    id="unconditional",
-                    options=["drop", "keep"],
-                    default="drop",
-                    tooltip=(
-                        "drop: the negative prompt reads the body, but nothing of the source. keep: both read both."
-                    ),
+                unconditional_input(
+                    "drop: the negative prompt reads the body, but nothing of the source. keep: both read both."
                 ),
                 Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
             ],

@@ -17,7 +17,18 @@ from .host import guider as host_guider
 from .host import model as host_model
 from .host import patch as host_patch
 from .host import unet as host_unet
-from .schema import ADAPTER_HINT, Adapter, Parsing, PoseKeypoint, Source, read_bodies, region_weights, schema, supported
+from .schema import (
+    ADAPTER_HINT,
+    Adapter,
+    Parsing,
+    PoseKeypoint,
+    Source,
+    match_inputs,
+    read_bodies,
+    region_weights,
+    schema,
+    supported,
+)
 from .source import LEARNED, MATCHES
 
 
@@ -169,27 +180,11 @@ class HPFASampler(io.ComfyNode):
                     advanced=True,
                     tooltip="learned: as the TruePose model learned. as set: region_match and body_match.",
                 ),
-                supported(
-                    io.Float.Input,
-                    id="region_match",
-                    default=2.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.1,
+                *match_inputs(
+                    "How strongly a place in the target looks at the same region of the source (beta).",
+                    "How strongly a place looks at the same place on the source's body (gamma).",
                     optional=True,
                     advanced=True,
-                    tooltip="How strongly a place in the target looks at the same region of the source (beta).",
-                ),
-                supported(
-                    io.Float.Input,
-                    id="body_match",
-                    default=0.0,
-                    min=0.0,
-                    max=64.0,
-                    step=0.5,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How strongly a place looks at the same place on the source's body (gamma).",
                 ),
                 Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
             ],

@@ -16,6 +16,7 @@ from .schema import (
     Parsing,
     PoseKeypoint,
     check_parsing,
+    match_inputs,
     percent_window,
     read_bodies,
     region_weights,
@@ -60,29 +61,16 @@ class GuideReferences(io.ComfyNode):
                     tooltip="Which reference of the conditioning: 1 is the one that was put into it first.",
                 ),
                 *region_weights(background=0.0),
-                io.Float.Input(
-                    "region_match",
-                    default=0.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.1,
-                    tooltip=(
+                *match_inputs(
+                    (
                         "How strongly a place in the new picture looks at the same region of the reference (beta). "
                         "Needs target_parsing, or pose and target_pose."
                     ),
-                ),
-                supported(
-                    io.Float.Input,
-                    id="body_match",
-                    default=0.0,
-                    min=0.0,
-                    max=64.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip=(
+                    (
                         "How strongly a place looks at the same place on the reference's body (gamma). Needs pose and "
                         "target_pose."
                     ),
+                    default=0.0,
                 ),
                 *percent_window("the weights and matches work"),
                 supported(

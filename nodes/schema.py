@@ -122,6 +122,30 @@ def schema(*, node_id: str, display_name: str, **keywords: Any) -> io.Schema:
     return supported(io.Schema, node_id=node_id, display_name=display_name, category=f"{CATEGORY}/{menu}", **keywords)
 
 
+def match_inputs(region: str, body: str, default: float = 2.0, **more: Any) -> list[io.Input]:
+    """region_match (beta), with this default, and body_match (gamma). region, body: their tooltips. more: other
+    keywords of the host's."""
+    return [
+        supported(
+            io.Float.Input, id="region_match", default=default, min=0.0, max=16.0, step=0.1, tooltip=region, **more
+        ),
+        supported(
+            io.Float.Input,
+            id="body_match",
+            min=0.0,
+            max=64.0,
+            step=0.5,
+            tooltip=body,
+            **{"default": 0.0, "advanced": True, **more},
+        ),
+    ]
+
+
+def unconditional_input(tooltip: str) -> io.Input:
+    """Whether the negative prompt is left without what a node brings."""
+    return supported(io.Combo.Input, id="unconditional", options=["drop", "keep"], default="drop", tooltip=tooltip)
+
+
 def percent_window(what: str) -> list[io.Input]:
     """start_percent and end_percent: the part of the sampling in which something happens ("the source is seen")."""
     return [

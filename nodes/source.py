@@ -26,12 +26,14 @@ from .schema import (
     Parsing,
     PoseKeypoint,
     Source,
+    match_inputs,
     percent_window,
     read_bodies,
     region_weights,
     schema,
     source_person,
     supported,
+    unconditional_input,
 )
 
 LEARNED = "learned"
@@ -236,27 +238,13 @@ class ApplyHPFA(io.ComfyNode):
                     tooltip="How much attention the source gets. 0 is exactly the unpatched model.",
                 ),
                 *region_weights(),
-                io.Float.Input(
-                    "region_match",
-                    default=2.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.1,
-                    tooltip=(
+                *match_inputs(
+                    (
                         "How strongly a place in the target looks at the same region of the source "
                         "(beta). Needs a target "
                         "parsing, or a target pose and a source pose."
                     ),
-                ),
-                supported(
-                    io.Float.Input,
-                    id="body_match",
-                    default=0.0,
-                    min=0.0,
-                    max=64.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip=(
+                    (
                         "How strongly a place looks at the same place on the source's body (gamma). "
                         "Needs a source pose and a "
                         "target pose."
@@ -271,16 +259,10 @@ class ApplyHPFA(io.ComfyNode):
                     advanced=True,
                     tooltip="Which parts of the UNet see the source. The decoder alone keeps texture and costs less.",
                 ),
-                supported(
-                    io.Combo.Input,
-                    id="unconditional",
-                    options=["drop", "keep"],
-                    default="drop",
-                    tooltip=(
-                        "Whether the negative prompt sees the source too. drop: guidance also "
-                        "strengthens the source, and it "
-                        "is faster."
-                    ),
+                unconditional_input(
+                    "Whether the negative prompt sees the source too. drop: guidance also "
+                    "strengthens the source, and it "
+                    "is faster."
                 ),
                 Parsing.Input(
                     "target_parsing", optional=True, tooltip="Where the regions shall be in the new picture."

@@ -23,65 +23,36 @@ from .caa import CrossTokens
 from .features import HostFeatures, Recorder, SourceReader, clean_input, noised
 from .patch import KEY, POSE_KEY
 from .unet import family_of, unet_of
+from .visit import Call, Visit
 
 # ------------------------------------------------------------------------------------------- reading the source
 
 
-class _ReadOnce(comfy.samplers.Sampler):
-    """A sampler of no steps: one pass over the clean latent at sigma 0, which every UNet takes as timestep 0, or at
-    another timestep."""
+class _ReadOnce(Visit):
+    """One pass over the clean latent at sigma 0, which every UNet takes as timestep 0, or at another timestep."""
 
     def __init__(self, timestep: int = 0) -> None:
         self.timestep = timestep
 
-    def sample(
-        self,
-        model_wrap: object,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: object,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        x, sigma = latent_image, latent_image.new_zeros(latent_image.shape[0])
+    def calls(self, sampling: object, latent: Tensor, noise: Tensor, sigmas: Tensor, call: Call) -> None:
+        x, sigma = latent, latent.new_zeros(latent.shape[0])
         if self.timestep:
-            sampling = model_wrap.inner_model.model_sampling
             x, sigma = clean_input(sampling, x, torch.tensor(float(self.timestep)))
-        positive = model_wrap.conds["positive"]
-        options = extra_args["model_options"]
-        comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, options)
-        return latent_image
+        call(x, sigma)
 
 
-class _ReadLevels(comfy.samplers.Sampler):
-    """A sampler of no steps: one pass over the noised latent at each of the noise levels, kept in `levels`."""
+class _ReadLevels(Visit):
+    """One pass over the noised latent at each of the noise levels, kept in `levels`."""
 
     def __init__(self, sigmas: Sequence[float], noise: Tensor, recorder: Recorder) -> None:
         self.sigmas, self.noise, self.recorder = sigmas, noise, recorder
         self.levels: list[Level] = []
 
-    def sample(
-        self,
-        model_wrap: object,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: object,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        sampling, positive = model_wrap.inner_model.model_sampling, model_wrap.conds["positive"]
+    def calls(self, sampling: object, latent: Tensor, noise: Tensor, sigmas: Tensor, call: Call) -> None:
         for level in self.sigmas:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            sigma = latent_image.new_full((latent_image.shape[0],), level)
-            x = noised(sampling, latent_image, self.noise, sigma)
-            comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, extra_args["model_options"])
+            sigma = latent.new_full((latent.shape[0],), level)
+            call(noised(sampling, latent, self.noise, sigma), sigma)
             self.levels.append(self.recorder.take(level))
-        return latent_image
 
 
 def _source_conditioning(model: object, latent: Tensor, conditioning: list | None) -> list:
