@@ -17,7 +17,7 @@ from .body import frames_of, side
 from .host.body import blocked
 from .host.features import CombinedHostFeatures, HostFeatures
 from .photo import same_shape
-from .schema import Parsing, PoseKeypoint, Source, check_parsing, joined_batch, known, schema, to_core, to_host
+from .schema import Parsing, PoseKeypoint, Source, check_parsing, joined_batch, schema, supported, to_core, to_host
 
 MOST_STEPS = 8
 CELL = 8
@@ -46,7 +46,7 @@ class AlignSource(io.ComfyNode):
                 ),
                 side("width", "Width of the result in pixels; 0 is the target pose's canvas."),
                 side("height", "Height of the result in pixels; 0 is the target pose's canvas."),
-                known(
+                supported(
                     io.Int.Input,
                     id="steps",
                     default=1,

@@ -22,7 +22,7 @@ from truepose_core.pose import Pose, body_tensor, read_pose
 from .host import body as host_body
 from .host import files as host_files
 from .photo import same_shape
-from .schema import Parsing, PoseKeypoint, check_parsing, joined_batch, known, schema, to_core, to_host
+from .schema import Parsing, PoseKeypoint, check_parsing, joined_batch, schema, supported, to_core, to_host
 
 BodyType = io.Custom("TRUEPOSE_BODY")
 
@@ -179,7 +179,7 @@ class BodyPoseFromKeypoints(io.ComfyNode):
                     max=HYPOTHESES - 1,
                     tooltip="0 is the likeliest body. 1 and 2 are the next ones: try them where depth came out wrong.",
                 ),
-                known(
+                supported(
                     io.Int.Input,
                     id="steps",
                     default=FIT_STEPS,

@@ -10,6 +10,7 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.models.vision_tower import architectures
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import prior_for_poses
 from truepose_core.regions import REGION_NAMES
 
 from .host import applied as host_applied
@@ -23,11 +24,13 @@ from .schema import (
     CAAAdapter,
     Parsing,
     PoseKeypoint,
-    known,
     percent_window,
+    read_bodies,
     schema,
+    source_person,
+    supported,
+    unconditional_input,
 )
-from .source import bodies, carried_parsing, source_person
 
 FROM_SHAPES = "from the file"
 
@@ -219,7 +222,7 @@ class ApplyCAA(io.ComfyNode):
                     tooltip="Factor lambda of what is added. 0 is exactly the model without the node.",
                 ),
                 *_weights(),
-                known(
+                supported(
                     io.Float.Input,
                     id="region_match",
                     default=4.0,
@@ -233,15 +236,9 @@ class ApplyCAA(io.ComfyNode):
                     ),
                 ),
                 *percent_window("the tokens are read"),
-                known(
-                    io.Combo.Input,
-                    id="unconditional",
-                    options=["drop", "keep"],
-                    default="drop",
-                    tooltip=(
-                        "drop: the negative prompt does not see the person (an IP-Adapter then gives it the tokens of "
-                        "no picture, as in its training), so guidance strengthens the person. keep: both see it."
-                    ),
+                unconditional_input(
+                    "drop: the negative prompt does not see the person (an IP-Adapter then gives it the tokens of "
+                    "no picture, as in its training), so guidance strengthens the person. keep: both see it."
                 ),
                 Parsing.Input(
                     "target_parsing",
@@ -313,11 +310,11 @@ def _target(
         return parsing if adapter is None else adapter.frame(parsing.size).apply_parsing(parsing)
     if target_pose is None:
         return None
-    body = bodies(target_pose, "the target pose", adapter)
+    body = read_bodies(target_pose, "the target pose", adapter)
     if caa.body is None:
         raise TruePoseError("a target pose needs the source's: connect pose to CAA Encode, or leave target_pose out")
     size = adapter.latent_shape[1:] if caa.trained else None
-    return carried_parsing(caa.parsing, caa.body, body, size)
+    return prior_for_poses(caa.parsing, caa.body, body, size)
 
 
 NODES = [LoadOpenCLIPVision, LoadCAAAdapter, CAAEncode, ApplyCAA]

@@ -13,8 +13,7 @@ from .host import cfld as host_cfld
 from .host import guider as host_guider
 from .host import model as host_model
 from .model import file_paths, file_stamps
-from .schema import PoseKeypoint, schema, to_core, to_host
-from .source import bodies
+from .schema import PoseKeypoint, read_bodies, schema, to_core, to_host
 
 Encoders = io.Custom("TRUEPOSE_CFLD")
 NO_FILE = "(no file in models/truepose)"
@@ -96,7 +95,7 @@ class ApplyCFLD(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, encoders: host_cfld.CFLDEncoders, source: Tensor, pose: object) -> io.NodeOutput:
-        condition = encoders.encode(to_core(source, "the source"), bodies(pose, "the pose", encoders))
+        condition = encoders.encode(to_core(source, "the source"), read_bodies(pose, "the pose", encoders))
         patched = host_cfld.with_cfld(model, condition)
         latent = host_guider.empty_latent(encoders.latent_shape, condition.tokens.shape[0])
         return io.NodeOutput(patched, *host_cfld.conditionings(condition), latent)

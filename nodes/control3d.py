@@ -16,8 +16,16 @@ from .host import control3d as host_control3d
 from .host import features as host_features
 from .host import model as host_model
 from .host import unet as host_unet
-from .schema import Adapter, PoseKeypoint, Source, known, percent_window, schema
-from .source import ADAPTER_HINT, bodies
+from .schema import (
+    ADAPTER_HINT,
+    Adapter,
+    PoseKeypoint,
+    Source,
+    percent_window,
+    read_bodies,
+    schema,
+    unconditional_input,
+)
 
 
 class Apply3DGuidance(io.ComfyNode):
@@ -60,14 +68,8 @@ class Apply3DGuidance(io.ComfyNode):
                     tooltip="Factor lambda of what is added. 0 is exactly the model without the node.",
                 ),
                 *percent_window("the guidance works"),
-                known(
-                    io.Combo.Input,
-                    id="unconditional",
-                    options=["drop", "keep"],
-                    default="drop",
-                    tooltip=(
-                        "drop: the negative prompt reads the body, but nothing of the source. keep: both read both."
-                    ),
+                unconditional_input(
+                    "drop: the negative prompt reads the body, but nothing of the source. keep: both read both."
                 ),
                 Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
             ],
@@ -104,7 +106,7 @@ class Apply3DGuidance(io.ComfyNode):
             )
         if strength == 0:
             return io.NodeOutput(model)
-        keypoints = None if target_pose is None else bodies(target_pose, "the target pose", adapter)
+        keypoints = None if target_pose is None else read_bodies(target_pose, "the target pose", adapter)
         patch = guidance(
             adapter,
             source,

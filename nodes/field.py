@@ -9,8 +9,7 @@ from truepose_core.guidance.field import FieldGuidance
 from .host import field as host_field
 from .host import model as host_model
 from .host import unet as host_unet
-from .schema import PoseKeypoint, known, percent_window, schema
-from .source import bodies
+from .schema import PoseKeypoint, percent_window, read_bodies, schema, supported
 
 
 class PoseFieldGuidance(io.ComfyNode):
@@ -50,7 +49,7 @@ class PoseFieldGuidance(io.ComfyNode):
                     optional=True,
                     tooltip="The pose asked for. Not connected: only impossible poses are corrected.",
                 ),
-                known(
+                supported(
                     io.Combo.Input,
                     id="predictor",
                     options=host_field.predictor_files(),
@@ -81,7 +80,7 @@ class PoseFieldGuidance(io.ComfyNode):
         options = FieldGuidance(scale, target_weight, start_percent, end_percent, host_field.predictor_path(predictor))
         target = None
         if target_pose is not None:
-            target = bodies(target_pose, "the target pose", host_model.adapter_of(model))
+            target = read_bodies(target_pose, "the target pose", host_model.adapter_of(model))
         return io.NodeOutput(host_field.with_field(model, options, target))
 
 

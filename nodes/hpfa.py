@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose.skeleton import draw_skeleton
 
 from .control3d import guidance
+from .host import applied as host_applied
 from .host import control3d as host_control3d
 from .host import features as host_features
 from .host import guider as host_guider
 from .host import model as host_model
 from .host import patch as host_patch
 from .host import unet as host_unet
-from .schema import Adapter, Parsing, PoseKeypoint, Source, known, schema
-from .source import ADAPTER_HINT, LEARNED, MATCHES, applied_source, bodies, region_weights
+from .schema import (
+    ADAPTER_HINT,
+    Adapter,
+    Parsing,
+    PoseKeypoint,
+    Source,
+    match_inputs,
+    read_bodies,
+    region_weights,
+    schema,
+    supported,
+)
+from .source import LEARNED, MATCHES
 
 
 def scales() -> list[io.Input]:
@@ -160,7 +171,7 @@ class HPFASampler(io.ComfyNode):
                         "for each pose."
                     ),
                 ),
-                known(
+                supported(
                     io.Combo.Input,
                     id="match",
                     options=list(MATCHES),
@@ -169,27 +180,11 @@ class HPFASampler(io.ComfyNode):
                     advanced=True,
                     tooltip="learned: as the TruePose model learned. as set: region_match and body_match.",
                 ),
-                known(
-                    io.Float.Input,
-                    id="region_match",
-                    default=2.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.1,
+                *match_inputs(
+                    "How strongly a place in the target looks at the same region of the source (beta).",
+                    "How strongly a place looks at the same place on the source's body (gamma).",
                     optional=True,
                     advanced=True,
-                    tooltip="How strongly a place in the target looks at the same region of the source (beta).",
-                ),
-                known(
-                    io.Float.Input,
-                    id="body_match",
-                    default=0.0,
-                    min=0.0,
-                    max=64.0,
-                    step=0.5,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How strongly a place looks at the same place on the source's body (gamma).",
                 ),
                 Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
             ],
@@ -237,28 +232,27 @@ class HPFASampler(io.ComfyNode):
             raise TruePoseError(
                 f"nobody told this {adapter.config.family} model which pose to make: connect target_pose"
             )
-        body: Tensor | None = None
-        if adapter is not None and target_pose is not None:
-            body = bodies(target_pose, "the target pose", adapter)
+        body = None if target_pose is None else read_bodies(target_pose, "the target pose", adapter)
+        if adapter is not None:
             model = host_patch.with_pose(model, adapter.pose_embedding(draw_skeleton(body, *adapter.size)))
-        applied = applied_source(
+        applied = host_applied.applied_source(
             adapter,
             source,
             (background, face, hair, upper, lower, skin, accessory),
             strength,
             None if match == LEARNED else (region_match, body_match),
             target_parsing,
-            target_pose,
+            body,
             beta=region_match,
             gamma=body_match,
         )
-        if adapter is not None and adapter.control_query is not None and body is not None:
+        if adapter is not None and adapter.control_query is not None:
             weights = torch.tensor(applied.omega)
             patch = guidance(adapter, source, body, None, reads_source=applied.has_effect, omega=weights)
             model = model if patch is None else host_control3d.with_control3d(model, patch)
         patched = host_patch.with_hpfa(model, applied)
         if latent is None:
-            count = max(source.batch, 1 if body is None else body.shape[0])
+            count = max(source.batch, len(body))
             latent = host_guider.empty_latent(adapter.latent_shape, count)
         positive = host_model.empty_conditioning(adapter) if positive is None else positive
         guider = host_guider.make_guider(patched, positive, negative, guidance_pose, guidance_source)

@@ -22,8 +22,7 @@ from truepose_core.regions import REGION_NAMES
 from .host import files as host_files
 from .host.unet import say_once
 from .parsing import shown
-from .schema import Parsing, PoseKeypoint, known, schema, to_core
-from .source import bodies, check_canvas
+from .schema import Parsing, PoseKeypoint, check_canvas, read_bodies, schema, supported, to_core
 
 KEYPOINTS = "from keypoints (no model)"
 MERGED = "ATR + LIP merged"
@@ -70,7 +69,7 @@ def from_keypoints(image: Tensor, pose: object) -> tuple[HumanParsing, str]:
             "choose a parser"
         )
     check_canvas(pose, image.movedim(1, -1), "the pose")
-    body = bodies(pose, "the pose")
+    body = read_bodies(pose, "the pose")
     if len(body) not in (1, len(image)):
         raise TruePoseError(f"the pose has {len(body)} frames and the image {len(image)} pictures; expected as many")
     how = "from keypoints, without a model"
@@ -125,7 +124,7 @@ class HumanParsingNode(io.ComfyNode):
                     io.Boolean.Input(name, default=name != "background", tooltip=f"Whether the mask covers the {name}.")
                     for name in REGION_NAMES
                 ),
-                known(
+                supported(
                     io.Combo.Input,
                     id="provider",
                     options=["auto", *PROVIDERS],
@@ -134,7 +133,7 @@ class HumanParsingNode(io.ComfyNode):
                     advanced=True,
                     tooltip="What computes the network. auto: the GPU where onnxruntime can use it, else the CPU.",
                 ),
-                known(
+                supported(
                     io.Boolean.Input,
                     id="keep_loaded",
                     default=True,

@@ -16,8 +16,7 @@ from .host import guider as host_guider
 from .host import model as host_model
 from .host import patch as host_patch
 from .host import unet as host_unet
-from .schema import Adapter, PoseKeypoint, known, schema, to_core
-from .source import bodies
+from .schema import Adapter, PoseKeypoint, read_bodies, schema, supported, to_core
 
 
 class LoadModel(io.ComfyNode):
@@ -43,7 +42,7 @@ class LoadModel(io.ComfyNode):
                         "file of another system."
                     ),
                 ),
-                known(
+                supported(
                     io.String.Input,
                     id="more_files",
                     default="",
@@ -54,7 +53,7 @@ class LoadModel(io.ComfyNode):
                         "AnimateAnyone: reference_unet, denoising_unet, pose_guider."
                     ),
                 ),
-                known(
+                supported(
                     io.String.Input,
                     id="choices",
                     default="",
@@ -65,7 +64,7 @@ class LoadModel(io.ComfyNode):
                         "maps=depth,normal,semantic_map,dwpose, in the order of the files."
                     ),
                 ),
-                known(
+                supported(
                     io.String.Input,
                     id="keep_as",
                     default="",
@@ -76,7 +75,7 @@ class LoadModel(io.ComfyNode):
                         "Empty: nothing is written."
                     ),
                 ),
-                known(
+                supported(
                     io.Int.Input,
                     id="width",
                     default=0,
@@ -87,7 +86,7 @@ class LoadModel(io.ComfyNode):
                     advanced=True,
                     tooltip="Width of the pictures in pixels, together with height. 0: what the model was trained at.",
                 ),
-                known(
+                supported(
                     io.Int.Input,
                     id="height",
                     default=0,
@@ -258,7 +257,7 @@ class ApplyPoseEncoder(io.ComfyNode):
                     optional=True,
                     tooltip="A drawn OpenPose skeleton on black, in place of the pose.",
                 ),
-                known(
+                supported(
                     Adapter.Input,
                     id="adapter",
                     optional=True,
@@ -325,7 +324,7 @@ class ApplyPoseEncoder(io.ComfyNode):
         if (pose is not None and skeleton is not None) or (pose is None and skeleton is None and not given):
             raise TruePoseError("connect either pose or skeleton, and only one")
         if pose is not None:
-            given[SKELETON] = draw_skeleton(bodies(pose, "the pose", adapter), *adapter.size)
+            given[SKELETON] = draw_skeleton(read_bodies(pose, "the pose", adapter), *adapter.size)
         elif skeleton is not None:
             given[SKELETON] = _fitted(skeleton, adapter, "the skeleton")
         left_out = [name for name in adapter.config.behaviour.pose_maps if name not in given]

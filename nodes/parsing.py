@@ -1,4 +1,4 @@
-"""Human parsing: from masks or a label map, and back to masks and SEGS."""
+"""Human parsing: from masks or a label map, edited, back to masks and SEGS, and as what of a latent may change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import fits_cells
 from truepose_core.parsing import HumanParsing
 from truepose_core.parsing.editing import (
     MASK_MODES,
@@ -18,10 +19,11 @@ from truepose_core.parsing.editing import (
     fill_region,
     grow_region,
     mask_region,
+    soften_mask,
 )
 from truepose_core.regions import LABEL_TABLES, REGION_NAMES, Region
 
-from .schema import Parsing, known, schema, to_core, to_host, to_mask
+from .schema import Parsing, schema, supported, to_core, to_host, to_mask
 
 # From the body outwards: what is given later covers what is under it.
 PAINTED = (Region.SKIN, Region.LOWER, Region.UPPER, Region.FACE, Region.HAIR, Region.ACCESSORY)
@@ -223,7 +225,7 @@ class ParsingToSEGS(io.ComfyNode):
                     )
                     for name in REGION_NAMES[1:]
                 ),
-                known(
+                supported(
                     io.Float.Input,
                     id="crop_factor",
                     default=1.5,
@@ -314,4 +316,86 @@ class EditParsing(io.ComfyNode):
         return io.NodeOutput(parsing, parsing.mask(region).float().cpu(), image, ui=face)
 
 
-NODES = [ParsingFromMasks, ParsingFromLabels, ParsingToMasks, ParsingToSEGS, EditParsing]
+class FreezeRegions(io.ComfyNode):
+    """LATENT of a photo and its TRUEPOSE_PARSING -> LATENT in which only some regions may change."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TruePoseFreezeRegions",
+            display_name="Freeze Regions",
+            description=(
+                "Everything but the regions chosen stays as in the photo: sets the latent's noise mask from the "
+                "parsing. Connect the latent to any sampler."
+            ),
+            search_aliases=["inpaint region", "restyle clothes", "noise mask", "keep face"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="The photo as a latent, from VAE Encode."),
+                Parsing.Input("parsing", tooltip="The human parsing of that photo."),
+                *(
+                    io.Boolean.Input(
+                        name, default=name == "upper", tooltip=f"Whether the {name} may change. Off: it is frozen."
+                    )
+                    for name in REGION_NAMES
+                ),
+                io.Int.Input(
+                    "grow",
+                    default=8,
+                    min=-MAX_GROW,
+                    max=MAX_GROW,
+                    tooltip="Pixels by which the part that may change reaches over its border; below 0 it shrinks.",
+                ),
+                io.Float.Input(
+                    "blur",
+                    default=4.0,
+                    min=0.0,
+                    max=MAX_BLUR,
+                    step=0.5,
+                    tooltip="Softness of the border in pixels (the Gaussian's standard deviation).",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="samples", tooltip="The latent with its noise mask."),
+                io.Mask.Output(display_name="mask", tooltip="What may change, 1, and what is frozen, 0."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, samples: dict, parsing: HumanParsing, grow: int = 8, blur: float = 4.0, **free: bool
+    ) -> io.NodeOutput:
+        chosen = [name for name in REGION_NAMES if free.get(name, name == "upper")]
+        if not chosen:
+            raise TruePoseError("every region is frozen, so nothing could change; switch on at least one region")
+        mask = parsing.mask(chosen).float().cpu()
+        if not bool((mask > 0.5).any()):
+            raise TruePoseError(
+                f"the picture shows no {' or '.join(chosen)}, so nothing could change; choose another region"
+            )
+        latent = samples["samples"]
+        check_latent(latent, parsing)
+        mask = soften_mask(mask, grow, blur)
+        if mask.shape[0] == 1:
+            mask = mask.expand(latent.shape[0], -1, -1)
+        return io.NodeOutput({**samples, "noise_mask": mask[:, None].contiguous()}, mask.contiguous())
+
+
+def check_latent(latent: Tensor, parsing: HumanParsing) -> None:
+    """Raise unless the parsing can be of the picture of this latent [B, C, h, w]: same shape, same batch or 1."""
+    if latent.dim() != 4:
+        raise TruePoseError(f"the latent is {tuple(latent.shape)}; expected that of a picture, [B, C, h, w]")
+    height, width = parsing.size
+    h, w = latent.shape[2:]
+    if not fits_cells(parsing.size, (h, w)):
+        raise TruePoseError(
+            f"the parsing is {width}x{height} and the latent {w}x{h} cells: another shape; "
+            "make both from the same picture"
+        )
+    if parsing.batch not in (1, latent.shape[0]):
+        raise TruePoseError(
+            f"the parsing holds {parsing.batch} pictures and the latent {latent.shape[0]}; "
+            f"expected 1 or {latent.shape[0]}"
+        )
+
+
+NODES = [ParsingFromMasks, ParsingFromLabels, ParsingToMasks, ParsingToSEGS, EditParsing, FreezeRegions]

@@ -29,8 +29,8 @@ from truepose_core.regions import Region
 
 from .host import model as host_model
 from .parsing import SEG, to_segs
-from .pose_tools import AS_SOURCE
-from .schema import Adapter, Parsing, PoseKeypoint, known, schema, to_core, to_host, to_mask
+from .pose_edit import AS_SOURCE
+from .schema import Adapter, Parsing, PoseKeypoint, schema, supported, to_core, to_host, to_mask
 
 CropType = io.Custom("TRUEPOSE_CROP")
 
@@ -100,14 +100,14 @@ class FramePerson(io.ComfyNode):
                     default=True,
                     tooltip="Enlarge a small person to fill the size. Off shows more of the photo at its own scale.",
                 ),
-                known(
+                supported(
                     io.Boolean.Input,
                     id="steady",
                     default=False,
                     advanced=True,
                     tooltip="One crop for the whole batch, so that frames of a video do not shake.",
                 ),
-                known(
+                supported(
                     io.Combo.Input,
                     id="padding",
                     options=list(PADDING),
@@ -157,13 +157,14 @@ class FramePerson(io.ComfyNode):
             candidates = (adapter.size,)
         else:
             candidates = ((height, width),) if sizes == OWN_SIZE else BUCKETS[sizes]
-        used = [around(boxes)] * batch if steady else boxes
+        used = [enclosing_box(boxes)] * batch if steady else boxes
         target = best_bucket([grow(box, margin) for box in used], candidates)
         crops = tuple(crop_person(size, box, target, margin=margin, enlarge=enlarge) for box in used)
 
         pictures = torch.cat([crop.apply(photos[i : i + 1], PADDING[padding]) for i, crop in enumerate(crops)])
         framed = [
-            nobody(target) if one is None else crop.apply_parsing(one) for crop, one in zip(crops, maps, strict=True)
+            empty_parsing(target) if one is None else crop.apply_parsing(one)
+            for crop, one in zip(crops, maps, strict=True)
         ]
         framed = HumanParsing(torch.cat([one.masks for one in framed]))
         poses = [
@@ -171,7 +172,7 @@ class FramePerson(io.ComfyNode):
             for crop, who in zip(crops, people, strict=True)
         ]
         inside = torch.cat([crop.apply(photos.new_ones(1, 1, *size), 0.0) for crop in crops])[:, 0]
-        info = "\n".join(said(crop, box, size, who) for crop, box, who in zip(crops, boxes, people, strict=True))
+        info = "\n".join(crop_text(crop, box, size, who) for crop, box, who in zip(crops, boxes, people, strict=True))
         return io.NodeOutput(
             to_host(pictures), framed, write_pose(poses), crops, 1 - inside, target[1], target[0], info
         )
@@ -186,18 +187,18 @@ def chosen_people(pose: object, batch: int, size: tuple[int, int], index: int) -
     return people
 
 
-def nobody(size: tuple[int, int]) -> HumanParsing:
+def empty_parsing(size: tuple[int, int]) -> HumanParsing:
     """A parsing of (height, width) that is background everywhere."""
     return HumanParsing.from_labels(torch.zeros(1, *size, dtype=torch.int64))
 
 
-def around(boxes: list[Box]) -> Box:
+def enclosing_box(boxes: list[Box]) -> Box:
     """The box around boxes."""
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def said(crop: Crop, box: Box, size: tuple[int, int], person: Person | None = None) -> str:
+def crop_text(crop: Crop, box: Box, size: tuple[int, int], person: Person | None = None) -> str:
     """A line about a crop for the user."""
     sides = cut_sides(box, size)
     cut = f"; the person reaches the photo's {' and '.join(sides)} edge and may be cut there" if sides else ""
@@ -321,7 +322,7 @@ class HandsAndFace(io.ComfyNode):
                 io.Int.Input("person", default=-1, min=-1, max=99, tooltip="Whose, from 0; -1 is everybody."),
                 io.Boolean.Input("hands", default=True, tooltip="Whether hands become SEGS."),
                 io.Boolean.Input("face", default=True, tooltip="Whether faces become SEGS."),
-                known(
+                supported(
                     io.Float.Input,
                     id="crop_factor",
                     default=2.0,

@@ -7,12 +7,24 @@ from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import prior_for_poses
 from truepose_core.pose import read_pose
 
 from .host import references as host_references
 from .host import unet as host_unet
-from .schema import Parsing, PoseKeypoint, check_parsing, known, percent_window, schema, to_core, to_host
-from .source import bodies, carried_parsing, region_weights
+from .schema import (
+    Parsing,
+    PoseKeypoint,
+    check_parsing,
+    match_inputs,
+    percent_window,
+    read_bodies,
+    region_weights,
+    schema,
+    supported,
+    to_core,
+    to_host,
+)
 
 NO_PHOTO = "connect the reference's photo to the image input of Guide References to use its image output"
 
@@ -49,32 +61,19 @@ class GuideReferences(io.ComfyNode):
                     tooltip="Which reference of the conditioning: 1 is the one that was put into it first.",
                 ),
                 *region_weights(background=0.0),
-                io.Float.Input(
-                    "region_match",
-                    default=0.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.1,
-                    tooltip=(
+                *match_inputs(
+                    (
                         "How strongly a place in the new picture looks at the same region of the reference (beta). "
                         "Needs target_parsing, or pose and target_pose."
                     ),
-                ),
-                known(
-                    io.Float.Input,
-                    id="body_match",
-                    default=0.0,
-                    min=0.0,
-                    max=64.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip=(
+                    (
                         "How strongly a place looks at the same place on the reference's body (gamma). Needs pose and "
                         "target_pose."
                     ),
+                    default=0.0,
                 ),
                 *percent_window("the weights and matches work"),
-                known(
+                supported(
                     io.Combo.Input,
                     id="blocks",
                     options=list(host_references.BLOCKS),
@@ -82,7 +81,7 @@ class GuideReferences(io.ComfyNode):
                     advanced=True,
                     tooltip="Which half of the network they work in. Tokens are left out only with all.",
                 ),
-                known(
+                supported(
                     io.Boolean.Input,
                     id="keep_positions",
                     default=False,
@@ -149,8 +148,8 @@ class GuideReferences(io.ComfyNode):
         if image is not None:
             check_parsing(parsing, image, "the parsing")
             shown = to_host(host_references.hide_regions(to_core(image, "the image").cpu(), parsing, omega))
-        body = None if pose is None else bodies(pose, "the pose")
-        target_body = None if target_pose is None else bodies(target_pose, "the target pose")
+        body = None if pose is None else read_bodies(pose, "the pose")
+        target_body = None if target_pose is None else read_bodies(target_pose, "the target pose")
         given = target_parsing is not None
         if region_match > 0 and not given and body is not None and target_body is not None:
             target_parsing = _carried(parsing, body, target_body, target_pose)
@@ -180,7 +179,7 @@ def _carried(parsing: HumanParsing, body: Tensor, target_body: Tensor, target_po
     canvas = read_pose(target_pose)[0]
     # A token covers 16 pixels of most editors: half that is fine enough.
     size = (max(1, round(canvas.height / 8)), max(1, round(canvas.width / 8)))
-    return carried_parsing(parsing, body, target_body, size)
+    return prior_for_poses(parsing, body, target_body, size)
 
 
 NODES = [GuideReferences]

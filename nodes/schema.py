@@ -1,16 +1,23 @@
-"""What the schemas of all nodes share: socket types, the category, and keywords that older hosts do not know."""
+"""What all nodes share: socket types, the menu, inputs that several have, and pictures, parsings and poses as given."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import check_shape
 from truepose_core.parsing import HumanParsing
+from truepose_core.pose import body_tensor, read_pose
+from truepose_core.regions import REGION_NAMES, Region
+from truepose_core.source.person import SourcePerson
+
+if TYPE_CHECKING:
+    from .host.model import Adapter as TruePoseAdapter
 
 CATEGORY = "TruePose"
 MENU: dict[str, tuple[str, ...]] = {
@@ -83,7 +90,21 @@ CAA = io.Custom("TRUEPOSE_CAA")
 CAAAdapter = io.Custom("TRUEPOSE_CAA_ADAPTER")
 
 
-def known(factory: type, **keywords: Any) -> Any:
+ADAPTER_HINT = (
+    "Only for a model that does not carry its adapter along. Models of Load TruePose Model need no connection here."
+)
+REGION_HINTS = {
+    Region.BACKGROUND: "0 keeps the source's background out of the picture.",
+    Region.FACE: "Keeps the face.",
+    Region.HAIR: "Keeps the hair.",
+    Region.UPPER: "Keeps the top, its pattern included.",
+    Region.LOWER: "Keeps trousers or skirt.",
+    Region.SKIN: "Keeps the skin of arms and legs.",
+    Region.ACCESSORY: "Keeps shoes, bag, hat, belt, scarf and glasses.",
+}
+
+
+def supported(factory: type, **keywords: Any) -> Any:
     """Call with the keywords that this host's version takes: `advanced` and `search_aliases` came after 0.3.64.
 
     Only for keywords that change how a node is shown, never for what it does.
@@ -98,7 +119,31 @@ def schema(*, node_id: str, display_name: str, **keywords: Any) -> io.Schema:
     menu = next(menu for menu, names in MENU.items() if name in names)
     if name in COMMON_NAMES:
         display_name = f"{display_name} ({CATEGORY})"
-    return known(io.Schema, node_id=node_id, display_name=display_name, category=f"{CATEGORY}/{menu}", **keywords)
+    return supported(io.Schema, node_id=node_id, display_name=display_name, category=f"{CATEGORY}/{menu}", **keywords)
+
+
+def match_inputs(region: str, body: str, default: float = 2.0, **more: Any) -> list[io.Input]:
+    """region_match (beta), with this default, and body_match (gamma). region, body: their tooltips. more: other
+    keywords of the host's."""
+    return [
+        supported(
+            io.Float.Input, id="region_match", default=default, min=0.0, max=16.0, step=0.1, tooltip=region, **more
+        ),
+        supported(
+            io.Float.Input,
+            id="body_match",
+            min=0.0,
+            max=64.0,
+            step=0.5,
+            tooltip=body,
+            **{"default": 0.0, "advanced": True, **more},
+        ),
+    ]
+
+
+def unconditional_input(tooltip: str) -> io.Input:
+    """Whether the negative prompt is left without what a node brings."""
+    return supported(io.Combo.Input, id="unconditional", options=["drop", "keep"], default="drop", tooltip=tooltip)
 
 
 def percent_window(what: str) -> list[io.Input]:
@@ -113,6 +158,24 @@ def percent_window(what: str) -> list[io.Input]:
             tooltip=f"Share of the sampling {word} which {what}.",
         )
         for end, default, word in (("start", 0.0, "after"), ("end", 1.0, "until"))
+    ]
+
+
+def region_weights(background: float = 1.0) -> list[io.Input]:
+    """An input for the weight of each region."""
+    return [
+        io.Float.Input(
+            name,
+            default=background if region == Region.BACKGROUND else 1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip=(
+                f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens "
+                "are not read at all, which also saves time."
+            ),
+        )
+        for region, name in zip(Region, REGION_NAMES, strict=True)
     ]
 
 
@@ -165,3 +228,37 @@ def joined_batch(parsing: HumanParsing, batch: int) -> HumanParsing:
     if parsing.batch == batch:
         return parsing
     return HumanParsing(torch.cat([parsing.masks] * batch))
+
+
+def read_bodies(keypoints: object, what: str, adapter: TruePoseAdapter | None = None) -> Tensor:
+    """POSE_KEYPOINT -> [B, 18, 3], the largest person of every frame, normalised to the frame's canvas or, with an
+    adapter, to the model's canvas that the frame is fitted into."""
+    people = []
+    for number, pose in enumerate(read_pose(keypoints)):
+        if not any(person.is_visible for person in pose.people):
+            raise TruePoseError(f"{what} shows nobody in frame {number}; expected a person with visible keypoints")
+        if adapter is not None:
+            pose = adapter.frame((pose.height, pose.width)).apply_pose(pose)
+        people.append(pose.people[pose.largest()])
+    return body_tensor(people)
+
+
+def source_person(image: Tensor, parsing: HumanParsing, keypoints: object) -> SourcePerson:
+    """The people of an IMAGE [B, H, W, C], with a parsing of it (one for each picture, or one for all) and their
+    keypoints (likewise, or None). Raises TruePoseError for a parsing or a pose of another picture."""
+    picture = to_core(image, "the image").cpu()
+    check_canvas(keypoints, image, "the pose")
+    if keypoints is not None:
+        body = read_bodies(keypoints, "the source pose")
+        if body.shape[0] not in (1, len(picture)):
+            raise TruePoseError(
+                f"there are {body.shape[0]} source poses and {len(picture)} images; expected 1 or {len(picture)}"
+            )
+    return SourcePerson(picture, parsing.to("cpu"), None if keypoints is None else body)
+
+
+def check_canvas(keypoints: object, image: Tensor, what: str) -> None:
+    """Raise TruePoseError for a POSE_KEYPOINT whose canvas has not the proportions of the IMAGE [B, H, W, C] it is said
+    to be of; None is fine."""
+    for pose in () if keypoints is None else read_pose(keypoints):
+        check_shape(what, (pose.height, pose.width), "the image", tuple(image.shape[1:3]))

@@ -1,4 +1,4 @@
-"""SourceNet Encode and Apply HPFA: read the source person once, and let any sampler look at it."""
+"""SourceNet Encode, Apply HPFA and Combine Sources: read the source person once, and let any sampler look at it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.framing.frame import check_shape
-from truepose_core.guidance.scales import weigh_region_tokens
 from truepose_core.parsing import HumanParsing
-from truepose_core.parsing.carry import region_prior
-from truepose_core.pose import body_tensor, read_pose
-from truepose_core.regions import REGION_NAMES, Region
-from truepose_core.source.align import with_aligned_tokens
-from truepose_core.source.person import SourcePerson
+from truepose_core.regions import REGION_NAMES
+from truepose_core.source.combine import combine_sources
 
 from .host import applied as host_applied
 from .host import checks as host_checks
@@ -25,16 +20,20 @@ from .host import source as host_source
 from .host import unet as host_unet
 from .host import vision as host_vision
 from .schema import (
+    ADAPTER_HINT,
     CAA,
     Adapter,
     Parsing,
     PoseKeypoint,
     Source,
-    joined_batch,
-    known,
+    match_inputs,
     percent_window,
+    read_bodies,
+    region_weights,
     schema,
-    to_core,
+    source_person,
+    supported,
+    unconditional_input,
 )
 
 LEARNED = "learned"
@@ -42,43 +41,6 @@ MATCHES = (LEARNED, "as set")
 AS_PUBLISHED = "as published"
 ONCE, LEVELS, EVERY_STEP = "once", "noise levels", "every step"
 READINGS = (AS_PUBLISHED, ONCE, LEVELS, EVERY_STEP)
-ADAPTER_HINT = (
-    "Only for a model that does not carry its adapter along. Models of Load TruePose Model need no connection here."
-)
-
-
-def bodies(keypoints: object, what: str, adapter: host_model.Adapter | None = None) -> Tensor:
-    """POSE_KEYPOINT -> [B, 18, 3], the largest person of every frame, normalised to the frame's canvas or, with an
-    adapter, to the model's canvas that the frame is fitted into."""
-    people = []
-    for number, pose in enumerate(read_pose(keypoints)):
-        if not any(person.is_visible for person in pose.people):
-            raise TruePoseError(f"{what} shows nobody in frame {number}; expected a person with visible keypoints")
-        if adapter is not None:
-            pose = adapter.frame((pose.height, pose.width)).apply_pose(pose)
-        people.append(pose.people[pose.largest()])
-    return body_tensor(people)
-
-
-def source_person(image: Tensor, parsing: HumanParsing, keypoints: object) -> SourcePerson:
-    """The people of an IMAGE [B, H, W, C], with a parsing of it (one for each picture, or one for all) and their
-    keypoints (likewise, or None). Raises TruePoseError for a parsing or a pose of another picture."""
-    picture = to_core(image, "the image").cpu()
-    check_canvas(keypoints, image, "the pose")
-    if keypoints is not None:
-        body = bodies(keypoints, "the source pose")
-        if body.shape[0] not in (1, len(picture)):
-            raise TruePoseError(
-                f"there are {body.shape[0]} source poses and {len(picture)} images; expected 1 or {len(picture)}"
-            )
-    return SourcePerson(picture, parsing.to("cpu"), None if keypoints is None else body)
-
-
-def check_canvas(keypoints: object, image: Tensor, what: str) -> None:
-    """Raise TruePoseError for a POSE_KEYPOINT whose canvas has not the proportions of the IMAGE [B, H, W, C] it is said
-    to be of; None is fine."""
-    for pose in () if keypoints is None else read_pose(keypoints):
-        check_shape(what, (pose.height, pose.width), "the image", tuple(image.shape[1:3]))
 
 
 def needs_pose(adapter: host_model.Adapter, name: str) -> None:
@@ -142,7 +104,7 @@ class SourceNetEncode(io.ComfyNode):
                         "models read their own without it."
                     ),
                 ),
-                known(
+                supported(
                     io.Combo.Input,
                     id="source_reading",
                     options=list(READINGS),
@@ -156,7 +118,7 @@ class SourceNetEncode(io.ComfyNode):
                         "to the step, and read again there. once: clean; for Leffa its own faster mode."
                     ),
                 ),
-                known(
+                supported(
                     io.Int.Input,
                     id="levels",
                     default=4,
@@ -252,35 +214,6 @@ class SourceNetEncode(io.ComfyNode):
         return io.NodeOutput(source)
 
 
-REGION_HINTS = {
-    Region.BACKGROUND: "0 keeps the source's background out of the picture.",
-    Region.FACE: "Keeps the face.",
-    Region.HAIR: "Keeps the hair.",
-    Region.UPPER: "Keeps the top, its pattern included.",
-    Region.LOWER: "Keeps trousers or skirt.",
-    Region.SKIN: "Keeps the skin of arms and legs.",
-    Region.ACCESSORY: "Keeps shoes, bag, hat, belt, scarf and glasses.",
-}
-
-
-def region_weights(background: float = 1.0) -> list[io.Input]:
-    """An input for the weight of each region."""
-    return [
-        io.Float.Input(
-            name,
-            default=background if region == Region.BACKGROUND else 1.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip=(
-                f"Weight of the source's {name}, 0 to 1. {REGION_HINTS[region]} At 0 its tokens "
-                "are not read at all, which also saves time."
-            ),
-        )
-        for region, name in zip(Region, REGION_NAMES, strict=True)
-    ]
-
-
 class ApplyHPFA(io.ComfyNode):
     """MODEL, TRUEPOSE_SOURCE -> MODEL."""
 
@@ -306,34 +239,20 @@ class ApplyHPFA(io.ComfyNode):
                     tooltip="How much attention the source gets. 0 is exactly the unpatched model.",
                 ),
                 *region_weights(),
-                io.Float.Input(
-                    "region_match",
-                    default=2.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.1,
-                    tooltip=(
+                *match_inputs(
+                    (
                         "How strongly a place in the target looks at the same region of the source "
                         "(beta). Needs a target "
                         "parsing, or a target pose and a source pose."
                     ),
-                ),
-                known(
-                    io.Float.Input,
-                    id="body_match",
-                    default=0.0,
-                    min=0.0,
-                    max=64.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip=(
+                    (
                         "How strongly a place looks at the same place on the source's body (gamma). "
                         "Needs a source pose and a "
                         "target pose."
                     ),
                 ),
                 *percent_window("the source is seen"),
-                known(
+                supported(
                     io.Combo.Input,
                     id="blocks",
                     options=list(host_unet.BLOCKS),
@@ -341,16 +260,10 @@ class ApplyHPFA(io.ComfyNode):
                     advanced=True,
                     tooltip="Which parts of the UNet see the source. The decoder alone keeps texture and costs less.",
                 ),
-                known(
-                    io.Combo.Input,
-                    id="unconditional",
-                    options=["drop", "keep"],
-                    default="drop",
-                    tooltip=(
-                        "Whether the negative prompt sees the source too. drop: guidance also "
-                        "strengthens the source, and it "
-                        "is faster."
-                    ),
+                unconditional_input(
+                    "Whether the negative prompt sees the source too. drop: guidance also "
+                    "strengthens the source, and it "
+                    "is faster."
                 ),
                 Parsing.Input(
                     "target_parsing", optional=True, tooltip="Where the regions shall be in the new picture."
@@ -361,7 +274,7 @@ class ApplyHPFA(io.ComfyNode):
                     tooltip="The new pose. With a source pose it tells where the regions will be.",
                 ),
                 Adapter.Input("adapter", optional=True, tooltip=ADAPTER_HINT),
-                known(
+                supported(
                     io.Combo.Input,
                     id="match",
                     options=list(MATCHES),
@@ -373,7 +286,7 @@ class ApplyHPFA(io.ComfyNode):
                         "read. as set: the two numbers, for every head. Other models always use the numbers."
                     ),
                 ),
-                known(
+                supported(
                     io.Float.Input,
                     id="style",
                     default=0.0,
@@ -421,14 +334,14 @@ class ApplyHPFA(io.ComfyNode):
         adapter = host_model.adapter_of(model, adapter)
         if adapter is not None and target_pose is None and strength > 0:
             needs_pose(adapter, "target_pose")
-        applied = applied_source(
+        applied = host_applied.applied_source(
             adapter,
             source,
             (background, face, hair, upper, lower, skin, accessory),
             strength,
             None if match == LEARNED else (region_match, body_match),
             target_parsing,
-            target_pose,
+            None if target_pose is None else read_bodies(target_pose, "the target pose", adapter),
             beta=region_match,
             gamma=body_match,
             sigmas=host_unet.sigma_window(model, start_percent, end_percent),
@@ -439,64 +352,43 @@ class ApplyHPFA(io.ComfyNode):
         return io.NodeOutput(host_patch.with_hpfa(model, applied))
 
 
-def applied_source(
-    adapter: host_model.Adapter | None,
-    source: host_features.HostFeatures,
-    omega: tuple[float, ...],
-    strength: float,
-    set_match: tuple[float, float] | None,
-    target_parsing: HumanParsing | None,
-    target_pose: object,
-    **more: object,
-) -> host_applied.AppliedSource:
-    """One source as a model shall read it. set_match: (region match, body match) in place of what an adapter learned;
-    more: see `AppliedSource`."""
-    body = None if target_pose is None else bodies(target_pose, "the target pose", adapter)
-    source = with_aligned_tokens(source, body, host_features.CombinedHostFeatures)
-    given = target_parsing is not None
-    parsing = target_parsing.to("cpu") if given else None
-    if given and adapter is not None:
-        parsing = adapter.frame(parsing.size).apply_parsing(parsing)
-    wants_regions = more.get("beta", 0) > 0 or adapter is not None
-    if not given and body is not None and source.body is not None and wants_regions:
-        # A TruePose model has learned with the parsing carried at its latent's size.
-        parsing = source.prior(body, *(source.parsing.size if adapter is None else source.latent_size))
-    learned: dict = {}
-    if adapter is not None and source.family == adapter.config.family and strength > 0 and any(omega):
-        weights = torch.tensor(omega)
-        weights = None if bool((weights == 1).all()) else weights
-        beta, gamma = set_match or (None, None)
-        weighed = weigh_region_tokens(source, weights, strength)
-        learned = {
-            "weights": adapter.site_weights(beta, gamma),
-            "cross": adapter.cross_tokens(weighed.caa, "target"),
-            "aligned": adapter.aligned(source, body, weights, strength),
-        }
-    return host_applied.AppliedSource(
-        source=source,
-        omega=omega,
-        strength=strength,
-        target=parsing,
-        target_body=body,
-        given=given,
-        **learned,
-        **more,
-    )
+class CombineSources(io.ComfyNode):
+    """Two TRUEPOSE_SOURCEs -> one."""
 
-
-def carried_parsing(
-    parsing: HumanParsing, body: Tensor, target_body: Tensor, size: tuple[int, int] | None = None
-) -> HumanParsing:
-    """The sources' parsing carried along the skeleton from their keypoints body [S, 18, 3] to the target poses
-    [T, 18, 3]. size: (height, width) of the result, by default the parsing's own."""
-    count, batch = target_body.shape[0], parsing.batch
-    if count > 1 and batch > 1 and count != batch:
-        raise TruePoseError(
-            f"there are {count} target poses and {batch} source images; expected as many, or 1 of either"
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TruePoseCombineSources",
+            display_name="Combine Sources",
+            description=(
+                "The source person with regions of another: the face of A, the top of B. Chain it for more people. "
+                "Shares between 0 and 1 blend."
+            ),
+            search_aliases=["swap garment", "virtual try-on", "style blend", "mix references"],
+            inputs=[
+                Source.Input("source", tooltip="The person. From SourceNet Encode, or from another Combine Sources."),
+                Source.Input("donor", tooltip="Who the regions below are taken from, read with the same model."),
+                *(
+                    io.Float.Input(
+                        name,
+                        default=1.0 if name == "upper" else 0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip=f"How much of the {name} comes from the donor: 0 none, 1 all of it.",
+                    )
+                    for name in REGION_NAMES
+                ),
+            ],
+            outputs=[Source.Output(display_name="source", tooltip="Connect it wherever a source goes.")],
         )
-    total = max(count, batch)
-    masks = joined_batch(parsing, total)
-    return region_prior(masks, body.expand(total, -1, -1), target_body.expand(total, -1, -1), *(size or parsing.size))
+
+    @classmethod
+    def execute(
+        cls, source: host_features.HostFeatures, donor: host_features.HostFeatures, **shares: float
+    ) -> io.NodeOutput:
+        table = [float(shares.get(name, 0.0)) for name in REGION_NAMES]
+        return io.NodeOutput(combine_sources(source, donor, table, host_features.CombinedHostFeatures))
 
 
-NODES = [SourceNetEncode, ApplyHPFA]
+NODES = [SourceNetEncode, ApplyHPFA, CombineSources]

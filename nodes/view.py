@@ -9,12 +9,12 @@ from torch.nn.functional import interpolate, pad
 
 from truepose_core.attention.view import figure
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import fits_cells
 from truepose_core.source.features import SourceFeatures
 
 from .host import features as host_features
-from .host import unet as host_unet
 from .host import view as host_view
-from .schema import known, schema, to_core, to_host
+from .schema import schema, supported, to_core, to_host
 
 WITH, WITHOUT = "with HPFA", "without HPFA"
 SHOWN = 320
@@ -27,7 +27,7 @@ def backdrop(image: Tensor | None, source: SourceFeatures) -> Tensor:
     if image is not None:
         picture = to_core(image, "the image").cpu()
         # Padding to whole latent cells changes the shape a little.
-        if not host_unet.same_shape(tuple(picture.shape[2:]), source.latent_size):
+        if not fits_cells(tuple(picture.shape[2:]), source.latent_size):
             raise TruePoseError(
                 f"the image is {picture.shape[3]}x{picture.shape[2]} and the source was read at {width}x{height} "
                 "(width x height), another shape; connect the image that was given to SourceNet Encode, or none"
@@ -82,7 +82,7 @@ class AttentionView(io.ComfyNode):
                     max=16,
                     tooltip="Which source, where several Apply HPFA follow each other: 1 is nearest the loader.",
                 ),
-                known(
+                supported(
                     io.Int.Input,
                     id="seed",
                     default=0,

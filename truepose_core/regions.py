@@ -24,6 +24,7 @@ class Region(IntEnum):
     ACCESSORY = 6
 
 
+N_REGIONS = len(Region)
 REGION_NAMES: tuple[str, ...] = tuple(region.name.lower() for region in Region)
 
 # Preview colours, RGB 0..255. Background is black; the rest is the Okabe-Ito palette, which
@@ -90,26 +91,8 @@ LIP_LABELS: dict[str, Region] = {
 
 # CIHP (Gong et al., Instance-level Human Parsing): LIP with bare torso in place of jumpsuits.
 CIHP_LABELS: dict[str, Region] = {
-    "Background": _BACKGROUND,
-    "Hat": _ACCESSORY,
-    "Hair": _HAIR,
-    "Glove": _ACCESSORY,
-    "Sunglasses": _ACCESSORY,
-    "Upper-clothes": _UPPER,
-    "Dress": _UPPER,
-    "Coat": _UPPER,
-    "Socks": _ACCESSORY,
-    "Pants": _LOWER,
-    "Torso-skin": _SKIN,
-    "Scarf": _ACCESSORY,
-    "Skirt": _LOWER,
-    "Face": _FACE,
-    "Left-arm": _SKIN,
-    "Right-arm": _SKIN,
-    "Left-leg": _SKIN,
-    "Right-leg": _SKIN,
-    "Left-shoe": _ACCESSORY,
-    "Right-shoe": _ACCESSORY,
+    name.replace("Jumpsuits", "Torso-skin"): _SKIN if name == "Jumpsuits" else region
+    for name, region in LIP_LABELS.items()
 }
 
 # Pascal-Person-Part, 7 labels. It names body parts, not clothes: the head holds face and hair,
@@ -124,23 +107,15 @@ PASCAL_LABELS: dict[str, Region] = {
     "Lower-legs": _LOWER,
 }
 
-# SegFormer-clothes (mattmdjaga/segformer_b2_clothes), trained on ATR with its label order.
-SEGFORMER_CLOTHES_LABELS: dict[str, Region] = dict(ATR_LABELS)
-
 # The label sets by the name a user types.
 LABEL_SETS: dict[str, dict[str, Region]] = {
     "atr": ATR_LABELS,
     "lip": LIP_LABELS,
     "cihp": CIHP_LABELS,
     "pascal": PASCAL_LABELS,
-    "segformer_clothes": SEGFORMER_CLOTHES_LABELS,
+    # SegFormer-clothes (mattmdjaga/segformer_b2_clothes), trained on ATR with its label order.
+    "segformer_clothes": ATR_LABELS,
 }
-
-ATR: tuple[Region, ...] = tuple(ATR_LABELS.values())
-LIP: tuple[Region, ...] = tuple(LIP_LABELS.values())
-CIHP: tuple[Region, ...] = tuple(CIHP_LABELS.values())
-PASCAL: tuple[Region, ...] = tuple(PASCAL_LABELS.values())
-SEGFORMER_CLOTHES: tuple[Region, ...] = tuple(SEGFORMER_CLOTHES_LABELS.values())
 
 # Label -> region by the name a user types; "regions" is our own.
 LABEL_TABLES: dict[str, tuple[Region, ...]] = {

@@ -1,8 +1,8 @@
 """One call of the UNet: what each row of its batch reads of the sources, at each block.
 
-For the time of one call an attn1 `replace` stands on each block the source knows. It projects the source's tokens with
-the block's own to_k and to_v and hands longer keys and values to the host's attention. What a call needs lives in the
-call, so several threads may run at once.
+For the time of one call an attn1 `replace` stands on each block the source knows. It hands longer keys and values to
+the host's attention: the source's tokens through the block's own to_k and to_v. What a call needs lives in the call,
+so several threads may run at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import comfy.ldm.modules.attention as host_attention
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from truepose_core.attention.caa import caa_attention
 from truepose_core.attention.fusion import fuse, is_off, row_index, spread, target_regions
@@ -24,9 +23,12 @@ from truepose_core.attention.heads import merge_heads, split_heads
 from truepose_core.attention.hpfa import SourceTokens, gather_tokens, match_channels
 from truepose_core.attention.style import restyled
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import fits_cells
 from truepose_core.source.features import Level, SourceFeatures, Style, nearest_level
 
-from .applied import AppliedCAA, AppliedSource, _Kept
+from .applied import AppliedCAA, AppliedSource, SiteReading
+from .base import RunCache
+from .batch import UNCONDITIONAL, Batch, check_cells
 from .caa import (
     CROSS_INPUT,
     SELF_INPUT,
@@ -36,27 +38,20 @@ from .caa import (
     keep_self_input,
 )
 from .features import SourceReader
-from .unet import (
-    AREAS,
-    NEGATIVE_ROWS,
-    UNCONDITIONAL,
-    Area,
-    place_name,
-    same_shape,
-    say_once,
-    site_name,
-    transformer_blocks,
-    with_patches,
-)
+from .target import Targets
+from .unet import place_name, say_once, site_name, transformer_blocks, with_patches
 
-# ------------------------------------------------------------------------------------- one call of the UNet
+WEIGHTS = "truepose_weights"
+"""Which weights are in force for the whole run, in the options of a call; without a word they may change in it (the
+host's LoRA hooks do that)."""
 
 
-class _Call:
-    """What one call of the UNet needs to know: who is in the batch, and which part of the picture they see."""
+class SourceCall:
+    """One call of the UNet: which sources and region tokens its rows read, at which level, and of what target."""
 
     def __init__(
         self,
+        cache: RunCache,
         active: list[AppliedSource],
         x: Tensor,
         options: dict,
@@ -64,66 +59,23 @@ class _Call:
         trained: AppliedCAA | None = None,
         hidden: bool = False,
     ) -> None:
-        """active, caas: what works at this noise level. trained: the Apply CAA in place of what the sources bring.
-        hidden: whether no row may see the source."""
-        self.active, self.options = active, options
+        """cache: of the run. active, caas: what works at this noise level. trained: the Apply CAA in place of what the
+        sources bring. hidden: whether no row may see the source."""
+        self.cache, self.active, self.options = cache, active, options
         self.caas, self.trained, self.hidden = caas, trained, hidden
-        self.batch = x.shape[0]
-        self.chunks: list[int] = list(options.get("cond_or_uncond") or [0])
-        if self.batch % len(self.chunks):
-            self.chunks = [0]
-        self.rows = self.batch // len(self.chunks)
-        self.size, areas = options.get(AREAS, (tuple(x.shape[2:]), {}))
-        uuids = options.get("uuids") or []
-        self.areas: list[Area | None] = [
-            areas.get(uuids[i]) if i < len(uuids) else None for i in range(len(self.chunks))
-        ]
-        if tuple(x.shape[2:]) != tuple(self.size) and not any(self.areas):
-            self.size = tuple(x.shape[2:])
-        self.visible = [a for a in active if any(a.seen_by(kind) for kind in self.chunks)]
+        self.batch = Batch.of(x, options)
+        self.visible = [a for a in active if any(a.seen_by(kind) for kind in self.batch.kinds)]
         """The sources that any row sees."""
-        self._fresh: dict[SourceReader, Level] = {}
-        self.levels = {id(a): self._level(a.source) for a in self.visible}
+        self.levels = {a: self._level(a.source) for a in self.visible}
         """Which level of a source this call reads."""
-        self._targets: dict = {}
+        self._fresh: dict[SourceReader, Level] = {}
+        self.targets = Targets(self.batch)
         for applied in active:
-            self._check_batch(applied)
-            if applied.matches:
-                self._check_target(applied)
+            self.batch.check(applied.counts(bool(caas)))
+        for applied in (*(a for a in active if a.matches), *caas, *([] if trained is None else [trained])):
+            _check_target(applied, self.batch.size)
         for caa in (*caas, *([] if trained is None else [trained])):
-            counts = {"CAA source images": caa.batch}
-            if caa.target is not None:
-                counts["target parsings"] = caa.target.batch
-            self._check_counts(counts)
-            self._check_target(caa)
-
-    def _check_batch(self, applied: AppliedSource) -> None:
-        counts = {"source images": applied.source.batch}
-        if applied.aligned is not None:
-            counts["carried sources"] = applied.aligned[0].shape[0]
-        if applied.target is not None and (applied.has_beta or applied.cross or self.caas):
-            counts["target parsings"] = applied.target.batch
-        if applied.target_body is not None and applied.has_gamma:
-            counts["target poses"] = applied.target_body.shape[0]
-        self._check_counts(counts)
-
-    def _check_counts(self, counts: Mapping[str, int]) -> None:
-        for what, count in counts.items():
-            if self.rows % count:
-                raise TruePoseError(
-                    f"there are {count} {what} and {self.rows} latents in the batch; "
-                    f"expected 1 or a number that divides {self.rows}"
-                )
-
-    def _check_target(self, applied: AppliedSource | AppliedCAA) -> None:
-        """A target parsing that the user gave must have the picture's shape, but for rounding to whole cells."""
-        if not applied.given or applied.target is None or same_shape(applied.target.size, tuple(self.size)):
-            return
-        (height, width), (rows, columns) = applied.target.size, self.size
-        raise TruePoseError(
-            f"the target parsing is {width}x{height} (width x height) and the latent {columns}x{rows} cells, another "
-            "shape; make the parsing from a picture of the shape that is sampled, or crop it to that"
-        )
+            self.batch.check(caa.counts)
 
     def install(self, unet: UNetModel) -> dict:
         """New transformer options with our replace on every block that a source knows and nobody else owns."""
@@ -171,17 +123,17 @@ class _Call:
         if applied.reader is not None:
             return self._fresh[applied.reader].style
         levels = applied.source.levels
-        return levels[self.levels[id(applied)]].style if levels else applied.source.style
+        return levels[self.levels[applied]].style if levels else applied.source.style
 
     def _style_input(self, h: Tensor, options: dict) -> Tensor:
         """An input block patch: the sources' moments in place of the picture's own, for the rows that see them."""
-        place, parts = place_name(options["block"]), list(h.split(self.rows))
-        for number, kind in enumerate(self.chunks):
+        place, parts = place_name(options["block"]), list(h.split(self.batch.rows))
+        for number, kind in enumerate(self.batch.kinds):
             styles = [(a, self.style_of(a)) for a in self.visible if a.styles and a.seen_by(kind)]
             styles = [(a, style[place]) for a, style in styles if place in style]
             own = parts[number]
             for applied, found in styles:
-                mean, deviation = (x.to(own).repeat_interleave(self.rows // x.shape[0], 0) for x in found)
+                mean, deviation = (x.to(own).repeat_interleave(self.batch.rows // x.shape[0], 0) for x in found)
                 share = applied.style / len(styles)
                 parts[number] = parts[number] + share * (restyled(own, mean, deviation) - own)
         return torch.cat(parts)
@@ -189,12 +141,28 @@ class _Call:
     def _style_output(self, h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
         return self._style_input(h, options), skip
 
-    def tokens(self, applied: AppliedSource, kept: _Kept, site: str, like: Tensor) -> Tensor:
-        """The tokens of a source that one site reads in this call: [S, K, C]."""
-        if applied.reader is None:
-            return kept.tokens
-        tokens = self._fresh[applied.reader].sites[site].to(like)
-        return tokens if kept.index is None else gather_tokens(tokens, kept.index)
+    def keys_values(
+        self, applied: AppliedSource, site: str, attn: torch.nn.Module, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of a source at a site, [S, K, H * D] each, on the device and in the type of `like`. Projected once
+        per run where the block's weights stay and the source is not read anew, else here."""
+
+        def project(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            return attn.to_k(tokens), attn.to_v(tokens)
+
+        if applied.reader is not None:
+            fresh, index = self._fresh[applied.reader].sites[site].to(like), applied.on(self.cache, site, like).index
+            return project(fresh if index is None else gather_tokens(fresh, index))
+
+        def tokens() -> Tensor:
+            return applied.tokens(site, self.levels[applied]).to(like)
+
+        weights, key = self.options.get(WEIGHTS), (applied, "tokens", site, like.device, like.dtype)
+        # A sampler does not come back to a level, so only one is kept.
+        version = (self.levels[applied], weights)
+        if weights is None:
+            return project(self.cache.of(key, tokens, version))
+        return self.cache.of(key, lambda: project(tokens()), version)
 
     def _after_first(self, h: Tensor, options: dict) -> Tensor:
         """An input block patch: what the carried source adds after conv_in."""
@@ -206,106 +174,46 @@ class _Call:
         for applied in self.active:
             if applied.aligned is None:
                 continue
-            added = applied.aligned_on(x.device, x.dtype)[part]
-            if tuple(added.shape[2:]) != tuple(self.size):
-                raise TruePoseError(
-                    f"the latent is {self.size[1]}x{self.size[0]} cells and this TruePose model makes pictures of "
-                    f"{added.shape[3]}x{added.shape[2]} cells; connect Empty TruePose Latent"
-                )
-            parts = list(x.split(self.rows))
-            for number, kind in enumerate(self.chunks):
+            added = applied.aligned_on(self.cache, x)[part]
+            check_cells(self.batch.size, added.shape[2:])
+            parts = list(x.split(self.batch.rows))
+            for number, kind in enumerate(self.batch.kinds):
                 if not applied.seen_by(kind):
                     continue
                 crop = added
-                if self.areas[number] is not None:
-                    height, width, top, left = self.areas[number]
+                if self.batch.areas[number] is not None:
+                    height, width, top, left = self.batch.areas[number]
                     crop = added[:, :, top : top + height, left : left + width]
-                parts[number] = parts[number] + crop.repeat_interleave(self.rows // crop.shape[0], 0)
+                parts[number] = parts[number] + crop.repeat_interleave(self.batch.rows // crop.shape[0], 0)
             x = torch.cat(parts)
         return x
 
     def groups(self) -> Iterator[tuple[list[int], list[AppliedSource]]]:
         """Chunks of the batch that see the same sources: (chunk numbers, sources)."""
         seen: dict[tuple[int, ...], list[int]] = {}
-        for number, kind in enumerate(self.chunks):
+        for number, kind in enumerate(self.batch.kinds):
             visible = tuple(i for i, a in enumerate(self.active) if a.seen_by(kind))
             seen.setdefault(visible, []).append(number)
         for visible, numbers in seen.items():
             yield numbers, [self.active[i] for i in visible]
 
-    def readers(self, site: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Reader]:
+    def readers(self, site: str, like: Tensor) -> Iterator[_Reader]:
         """Which chunks read which region tokens at a site."""
         if self.trained is None:
             for chunks, sources in self.groups():
                 for applied in sources:
                     if site in applied.kept and site in applied.cross:
-                        kept = applied.on(device, dtype, site, self.levels[id(applied)])
-                        yield _Reader(chunks, kept.cross, applied, None)
+                        yield _Reader(chunks, applied.on(self.cache, site, like).cross, applied, None)
         for caa in self.caas:
-            sees = [not self.hidden and (caa.keep_unconditional or kind != UNCONDITIONAL) for kind in self.chunks]
+            sees = [not self.hidden and (caa.keep_unconditional or kind != UNCONDITIONAL) for kind in self.batch.kinds]
             for empty in (False, True):
                 chunks = [number for number, sees_it in enumerate(sees) if sees_it != empty]
                 if chunks and site in (caa.empty if empty else caa.cross):
-                    yield _Reader(chunks, caa.on(device, dtype, site, empty), self._knows_target(caa), caa)
+                    yield _Reader(chunks, caa.on(self.cache, site, like, empty), self._knows_target(caa), caa)
 
     def _knows_target(self, caa: AppliedCAA) -> AppliedSource | AppliedCAA:
         """Whose target parsing a CAA goes by: its own, else that of a source."""
         return next((a for a in (caa, *self.active) if a.target is not None), caa)
-
-    def chunks_of(self, count: int, extra: Mapping) -> list[int] | None:
-        """Which chunks of the batch `count` rows of an attention are: all of them, or those that the caller says;
-        None where it does not."""
-        if count % self.batch == 0:
-            return list(range(len(self.chunks)))
-        named = list(extra.get(NEGATIVE_ROWS) or [])
-        chunks = sorted({row // self.rows for row in named})
-        whole = [row for chunk in chunks for row in range(chunk * self.rows, (chunk + 1) * self.rows)]
-        return chunks if named and named == whole and count % len(named) == 0 else None
-
-    def target_rows(
-        self, applied: AppliedSource | AppliedCAA, grid: tuple[int, int], chunks: list[int]
-    ) -> Tensor | None:
-        """The target's regions for these chunks, one after the other: [rows, N, 7], or None."""
-        if applied.target is None:
-            return None
-        return self._rows_for(applied, "regions", grid, chunks)
-
-    def target_places(self, applied: AppliedSource, grid: tuple[int, int], chunks: list[int]) -> Tensor | None:
-        """Places on the body for these chunks: [rows, N, 3 or 4], or None."""
-        if not applied.has_gamma or applied.target_body is None or applied.source.body is None:
-            return None
-        if applied.source.target_coordinates(applied.target_body, 1, 1, self.size[1] / self.size[0]) is None:
-            return None
-        return self._rows_for(applied, "body", grid, chunks)
-
-    def _rows_for(
-        self, applied: AppliedSource | AppliedCAA, what: str, grid: tuple[int, int], chunks: list[int]
-    ) -> Tensor:
-        parts = []
-        for chunk in chunks:
-            key = (id(applied), what, grid, self.areas[chunk])
-            if key not in self._targets:
-                self._targets[key] = self._sample(applied, what, grid, self.areas[chunk])
-            rows = self._targets[key]
-            parts.append(rows.repeat_interleave(self.rows // rows.shape[0], 0))
-        return torch.cat(parts)
-
-    def _sample(
-        self, applied: AppliedSource | AppliedCAA, what: str, grid: tuple[int, int], area: Area | None
-    ) -> Tensor:
-        aspect = self.size[1] / self.size[0]
-
-        def rows(height: int, width: int) -> Tensor:
-            if what == "body":
-                return applied.source.target_coordinates(applied.target_body, height, width, aspect)
-            return applied.target.tokens(height, width)
-
-        if area is None:
-            return rows(*grid)
-        height, width, top, left = area
-        whole = rows(*self.size).mT.unflatten(2, tuple(self.size))
-        crop = whole[:, :, top : top + height, left : left + width]
-        return adaptive_avg_pool2d(crop, grid).flatten(2).mT
 
 
 @dataclass(frozen=True)
@@ -319,10 +227,21 @@ class _Reader:
     caa: AppliedCAA | None
 
 
+def _check_target(applied: AppliedSource | AppliedCAA, cells: tuple[int, int]) -> None:
+    """A target parsing that the user gave must have the picture's shape, but for rounding to whole cells."""
+    if not applied.given or applied.target is None or fits_cells(applied.target.size, cells):
+        return
+    (height, width), (rows, columns) = applied.target.size, cells
+    raise TruePoseError(
+        f"the target parsing is {width}x{height} (width x height) and the latent {columns}x{rows} cells, another "
+        "shape; make the parsing from a picture of the shape that is sampled, or crop it to that"
+    )
+
+
 class _Replace:
     """The attn1 replace of one block in one call. Takes projected q, k, v [rows, tokens, heads * D]."""
 
-    def __init__(self, call: _Call, site: str, block: torch.nn.Module) -> None:
+    def __init__(self, call: SourceCall, site: str, block: torch.nn.Module) -> None:
         self.call, self.site, self.attn, self.attn2 = call, site, block.attn1, block.attn2
 
     def __deepcopy__(self, memo: dict) -> _Replace:
@@ -336,19 +255,19 @@ class _Replace:
             # HyperTile folds tiles of the queries into the batch; the host's attention would fold k and v the same way.
             k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
         height, width = extra["activations_shape"][-2:]
-        projected: dict[int, tuple[Tensor, Tensor]] = {}
-        present = call.chunks_of(q.shape[0], extra)
+        projected: dict[AppliedSource, tuple[Tensor, Tensor]] = {}
+        present = call.batch.chunks_of(q.shape[0], extra)
         if present is None:
             # All of them read what fits any row.
             say_once(
-                f"{_caller(2)} hands over {q.shape[0]} of {call.batch} rows to Apply HPFA and does not say which: "
-                "there negative rows see what positive ones do, batches of sources are not read, and region match and "
-                "body match are off"
+                f"{_caller(2)} hands over {q.shape[0]} of {call.batch.count} rows to Apply HPFA and does not say "
+                "which: there negative rows see what positive ones do, batches of sources are not read, and region "
+                "match and body match are off"
             )
             sources = [a for a in call.visible if a.source.batch == 1]
             return self._attend(q, k, v, extra, sources, None, None, None, projected)
         size = q.shape[0] // len(present)
-        in_place = size == call.rows and q.shape[1] == height * width
+        in_place = size == call.batch.rows and q.shape[1] == height * width
         if not in_place and any(a.matches for a in call.active):
             say_once("region match and body match are off where another node (HyperTile, ToMe) cuts or merges tokens")
         grid = (height, width) if in_place else None
@@ -375,7 +294,7 @@ class _Replace:
         chunks: list[int] | None,
         grid: tuple[int, int] | None,
         n: Tensor | None,
-        projected: dict[int, tuple[Tensor, Tensor]],
+        projected: dict[AppliedSource, tuple[Tensor, Tensor]],
     ) -> Tensor:
         """Attention of rows that all see `sources`. chunks: which chunks they are, None for unknown rows.
         grid: the token grid, None where tokens are not one per cell. n: the block's input, if CAA wants it."""
@@ -386,15 +305,14 @@ class _Replace:
         for applied in sources:
             if self.site not in applied.kept:
                 continue
-            kept = applied.on(q.device, q.dtype, self.site, self.call.levels[id(applied)])
-            if id(applied) not in projected:
-                read = self.call.tokens(applied, kept, self.site, q)
-                projected[id(applied)] = (self.attn.to_k(read), self.attn.to_v(read))
-            ks, vs = projected[id(applied)]
+            kept = applied.on(self.call.cache, self.site, q)
+            if applied not in projected:
+                projected[applied] = self.call.keys_values(applied, self.site, self.attn, q)
+            ks, vs = projected[applied]
             regions = places = None
             if grid is not None and chunks is not None:
                 regions = self._target_regions(applied, kept, grid, chunks, n)
-                places = self.call.target_places(applied, grid, chunks)
+                places = self.call.targets.places(applied, grid, chunks)
             source = SourceTokens(split_heads(ks, heads), split_heads(vs, heads), kept.regions, kept.log_w, kept.body)
             # Unknown rows read single sources only.
             source = spread(source, q.shape[0], 1 if chunks is None else len(chunks))
@@ -426,7 +344,7 @@ class _Replace:
         return out.unflatten(-1, (heads, -1))[..., :width].flatten(-2)
 
     def _target_regions(
-        self, applied: AppliedSource, kept: _Kept, grid: tuple[int, int], chunks: list[int], n: Tensor | None
+        self, applied: AppliedSource, kept: SiteReading, grid: tuple[int, int], chunks: list[int], n: Tensor | None
     ) -> Tensor | None:
         """P: [rows, N, 7] or None."""
         if is_off(kept.how.beta):
@@ -434,14 +352,14 @@ class _Replace:
 
         def align(prior: Tensor | None) -> Tensor:
             trained = self.call.trained
-            cross = kept.cross if trained is None else trained.on(n.device, n.dtype, self.site)
+            cross = kept.cross if trained is None else trained.on(self.call.cache, self.site, n)
             cross = cross.rows(row_index(cross.batch, n.shape[0], len(chunks), n.device))
             prior = None if prior is None else prior.to(n.device)
             q = split_heads(self.attn2.to_q(n), self.attn2.heads)
             return caa_attention(q, cross.k, cross.v, cross.regions, cross.shown, prior=prior, kappa=cross.kappa)[1]
 
         with_caa = kept.cross is not None and n is not None
-        prior = self.call.target_rows(applied, grid, chunks)
+        prior = self.call.targets.regions(applied, grid, chunks)
         return target_regions(prior, applied.given, align if with_caa else None)
 
 
@@ -455,7 +373,7 @@ def _caller(depth: int) -> str:
 class _TargetCross:
     """The attn2 output patch of one call: rows that see a source also read its region tokens."""
 
-    def __init__(self, call: _Call, blocks: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(self, call: SourceCall, blocks: Mapping[str, torch.nn.Module]) -> None:
         self.call, self.blocks = call, blocks
 
     def __deepcopy__(self, memo: dict) -> _TargetCross:
@@ -466,21 +384,21 @@ class _TargetCross:
         site = site_name((*extra["block"], extra["block_index"]))
         if site not in self.blocks:
             return n
-        if n.shape[0] != call.batch:
+        if n.shape[0] != call.batch.count:
             say_once("CAA's cross-attention is off where another node hands over some of the rows")
             return n
         height, width = extra["activations_shape"][-2:]
         grid = (height, width) if n.shape[1] == height * width else None
-        parts = list(n.split(call.rows))
-        for reader in call.readers(site, n.device, n.dtype):
+        parts = list(n.split(call.batch.rows))
+        for reader in call.readers(site, n):
             chunks = reader.chunks
-            rows = torch.cat([x[i * call.rows : (i + 1) * call.rows] for i in chunks])
+            rows = torch.cat([x[i * call.batch.rows : (i + 1) * call.batch.rows] for i in chunks])
             cross = reader.cross.rows(row_index(reader.cross.batch, rows.shape[0], len(chunks), n.device))
-            prior = None if grid is None else call.target_rows(reader.target, grid, chunks)
+            prior = None if grid is None else call.targets.regions(reader.target, grid, chunks)
             prior = None if prior is None else prior.to(n)
             added = beside_attention(self.blocks[site].attn2, rows, cross, prior)
             gate = None if reader.caa is None else reader.caa.gate(prior)
             added = added if gate is None else gate * added
-            for chunk, more in zip(chunks, added.split(call.rows), strict=True):
+            for chunk, more in zip(chunks, added.split(call.batch.rows), strict=True):
                 parts[chunk] = parts[chunk] + more
         return torch.cat(parts)

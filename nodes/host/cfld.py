@@ -1,15 +1,14 @@
 """CFLD in the host: its UNet as a MODEL, its encoders, and the patch that brings source and pose to the UNet.
 
-The patch is a `DIFFUSION_MODEL` wrapper. Rows that read the source's tokens (the positive conditioning) get the biases
+Rows that read the source's tokens (the positive conditioning) get the biases
 on their cross-attention's queries and the pose; all other rows get what CFLD learned for "no source".
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.ldm.modules.attention as host_attention
@@ -18,17 +17,17 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from truepose_core.attention.fusion import row_index
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame
 from truepose_core.models.cfld.encoder import CFLDConfig, CFLDEncoder, cfld_frame, is_cfld, pose_maps, squash
 from truepose_core.weights.strict import load_strict, read_metadata
 
+from .base import UNetCall, UNetPatch, dressed
+from .batch import Batch
 from .nets import host_sites, unet_settings
-from .unet import GUIDANCE, NOTHING, POSE_ONLY, Block
+from .unet import GUIDANCE, NOTHING, POSE_ONLY, Block, with_patches
 
 KEY = "truepose_cfld"
 POSITIVE = 0
@@ -119,56 +118,35 @@ class CFLDEncoders:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class CFLDPatch:
-    """The wrapper, with copies of the condition on the devices in use."""
+class CFLDPatch(UNetPatch):
+    """One Apply CFLD."""
 
-    condition: CFLDCondition
-    _copies: dict = field(default_factory=dict, init=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    key = KEY
 
-    def __deepcopy__(self, memo: dict) -> CFLDPatch:
-        return self
+    def __init__(self, condition: CFLDCondition) -> None:
+        super().__init__()
+        self.condition = condition
 
-    def on_model_call(
-        self,
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """The `DIFFUSION_MODEL` wrapper."""
-        options = {} if transformer_options is None else transformer_options
+    def around(self, call: UNetCall) -> Tensor:
+        x, context, options = call.x, call.context, call.options
         if tuple(x.shape[2:]) != self.condition.cells:
             (height, width), side = x.shape[2:], 8 * self.condition.cells[0]
             raise TruePoseError(
                 f"the latent is {width}x{height} cells; CFLD makes pictures of {side}x{side} pixels only. Connect the "
                 "latent of Apply CFLD, and set no area on the conditioning"
             )
-        with self._lock:
-            key = (x.device, context.dtype)
-            if key not in self._copies:
-                self._copies[key] = self.condition.to(*key)
-            condition = self._copies[key]
-        chunks = list(options.get("cond_or_uncond") or [POSITIVE])
-        count = condition.tokens.shape[0]
-        rows, rest = divmod(x.shape[0], len(chunks))
-        if rest or rows % count:
-            raise TruePoseError(
-                f"Apply CFLD has {count} pairs of source and pose, and there are {rows} latents in the batch; expected "
-                "one pair, or a number that divides the latents"
-            )
-        index = row_index(count, x.shape[0], len(chunks), x.device)
+        where = (x.device, context.dtype)
+        condition = self.cache.of(where, lambda: self.condition.to(*where))
+        batch, count = Batch.of(x, options), condition.tokens.shape[0]
+        batch.check({"pairs of source and pose": count})
+        index = batch.index(count, x.device)
         tokens = condition.tokens[index]
         known = (context[:, : tokens.shape[1]] == tokens).flatten(1).all(1) if _fits(context, tokens) else None
         known = context.new_zeros(x.shape[0], dtype=torch.bool) if known is None else known
         sees = options.get(GUIDANCE)
         if sees is None:
-            positive = torch.tensor([chunk == POSITIVE for chunk in chunks], device=x.device).repeat_interleave(rows)
+            positive = torch.tensor([kind == POSITIVE for kind in batch.kinds], device=x.device)
+            positive = positive.repeat_interleave(batch.rows)
             if bool((positive & ~known).any()):
                 raise TruePoseError(
                     "the positive conditioning is not that of this Apply CFLD; connect both of its conditionings to "
@@ -178,13 +156,9 @@ class CFLDPatch:
         posed = {None: known, NOTHING: torch.zeros_like(known), POSE_ONLY: torch.ones_like(known)}[sees]
         context = torch.where(shown[:, None, None], tokens, condition.none)
         here = _Call(condition, index, shown.to(context), posed.to(context))
-        executed = {**options, "patches": here.patches(options), "patches_replace": here.replaced(options)}
-        return executor(x, timesteps, context, y, control, executed, **kwargs)
-
-    def on_cleanup(self, model: object) -> None:
-        """Free the device copies."""
-        with self._lock:
-            self._copies.clear()
+        patches = with_patches(options, {"input_block_patch": [here.add_pose]})
+        options = {**options, "patches": patches, "patches_replace": here.replaced(options)}
+        return call.run(context=context, options=options)
 
 
 def _fits(context: Tensor, tokens: Tensor) -> bool:
@@ -203,12 +177,7 @@ class _Call:
     def __deepcopy__(self, memo: dict) -> _Call:
         return self
 
-    def patches(self, options: Mapping) -> dict[str, list]:
-        patches = dict(options.get("patches", {}))
-        patches["input_block_patch"] = [*patches.get("input_block_patch", []), self._add_pose]
-        return patches
-
-    def _add_pose(self, h: Tensor, options: dict) -> Tensor:
+    def add_pose(self, h: Tensor, options: dict) -> Tensor:
         part, number = options["block"]
         if part != "input" or number not in self.condition.pose:
             return h
@@ -254,13 +223,7 @@ def with_cfld(model: object, condition: CFLDCondition) -> object:
     for a model that is not CFLD's."""
     if vars(model.model.model_config).get("truepose_kind") != KEY:
         raise TruePoseError("the model is not CFLD's UNet; connect the model of Load CFLD")
-    patch = CFLDPatch(condition)
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, KEY)
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, patch.on_model_call)
-    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, patch.on_cleanup)
-    return clone
+    return dressed(model, CFLDPatch(condition))
 
 
 def conditionings(condition: CFLDCondition) -> tuple[list, list]:

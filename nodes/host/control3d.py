@@ -5,33 +5,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from truepose_core.alignment.control3d import ControlTokens, cells, control_attention, place_bias
 from truepose_core.attention.fusion import row_index
 from truepose_core.attention.heads import merge_heads, split_heads
-from truepose_core.errors import TruePoseError
 
-from .unet import (
-    AREAS,
-    GUIDANCE,
-    NOTHING,
-    POSE_ONLY,
-    UNCONDITIONAL,
-    Area,
-    in_window,
-    say_once,
-    site_name,
-    transformer_blocks,
-    with_areas,
-    with_patches,
-)
+from .base import UNetCall, UNetPatch, dressed
+from .batch import UNCONDITIONAL, Area, Batch
+from .unet import GUIDANCE, NOTHING, POSE_ONLY, in_window, say_once, site_name, transformer_blocks, with_patches
 
 CONTROL_KEY = "truepose_control3d"
 CONTROL_INPUT = "truepose_control3d_input"
@@ -82,13 +69,16 @@ def site_tokens(sites: Mapping[str, torch.nn.Module], tokens: ControlTokens | No
     return found
 
 
-class Control3DPatch:
-    """One Apply 3D Guidance. Never changed once made.
+class Control3DPatch(UNetPatch):
+    """One Apply 3D Guidance.
 
     full: site -> tokens for rows that see the source; posed: for those that see the pose alone, {} where they read
     nothing. sigmas: (highest, lowest) noise at which it works, or None for always. keep_unconditional: whether negative
     rows see the source too.
     """
+
+    key = CONTROL_KEY
+    matches = True
 
     def __init__(
         self,
@@ -97,57 +87,31 @@ class Control3DPatch:
         sigmas: tuple[float, float] | None,
         keep_unconditional: bool,
     ) -> None:
+        super().__init__()
         self.full, self.posed = full, posed
         self.sigmas, self.keep_unconditional = sigmas, keep_unconditional
-        self._copies: dict = {}
-        self._lock = threading.Lock()
 
-    def __deepcopy__(self, memo: dict) -> Control3DPatch:
-        return self
+    @property
+    def wrappers(self) -> Mapping[str, Callable]:
+        return {**super().wrappers, WrappersMP.CALC_COND_BATCH: self.on_cond_batch}
 
     @property
     def targets(self) -> int:
         """How many target bodies: T."""
         return len(next(iter((self.full or self.posed).values())).k)
 
-    def on(self, device: torch.device, dtype: torch.dtype, site: str, seen: bool) -> SiteTokens:
-        """The tokens of a site on the device, copied at first use and freed at the end of the run."""
-        key = (device, dtype, site, seen)
-        with self._lock:
-            if key not in self._copies:
-                self._copies[key] = (self.full if seen else self.posed)[site].to(device, dtype)
-            return self._copies[key]
+    def on(self, site: str, seen: bool, like: Tensor) -> SiteTokens:
+        """The tokens of a site on the device and in the type of `like`."""
+        tokens = (self.full if seen else self.posed)[site]
+        return self.cache.of((site, seen, like.device, like.dtype), lambda: tokens.to(like.device, like.dtype))
 
-    def on_cleanup(self, model: object) -> None:
-        """The `ON_CLEANUP` callback."""
-        with self._lock:
-            self._copies.clear()
-
-    def on_cond_batch(
-        self, executor: Callable, model: object, conds: list, x: Tensor, timestep: Tensor, options: dict
-    ) -> list:
-        """The `CALC_COND_BATCH` wrapper: a prompt for an area sees a crop of the latent. Remember which crop."""
-        return executor(model, conds, x, timestep, with_areas(conds, x, options))
-
-    def on_model_call(
-        self,
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """The `DIFFUSION_MODEL` wrapper."""
-        options = {} if transformer_options is None else transformer_options
-        sees = options.get(GUIDANCE)
-        if sees != NOTHING and in_window(self.sigmas, options.get("sigmas")):
-            reads = _Reads(self, x, options, executor.class_obj, hidden=sees == POSE_ONLY)
-            more = {"attn2_patch": [keep_control_input], "attn2_output_patch": [reads]}
-            options = {**options, "patches": with_patches(options, more)}
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+    def around(self, call: UNetCall) -> Tensor:
+        sees = call.options.get(GUIDANCE)
+        if sees == NOTHING or not in_window(self.sigmas, call.options.get("sigmas")):
+            return call.run()
+        reads = _Reads(self, Batch.of(call.x, call.options), call.unet, hidden=sees == POSE_ONLY)
+        more = {"attn2_patch": [keep_control_input], "attn2_output_patch": [reads]}
+        return call.run(options={**call.options, "patches": with_patches(call.options, more)})
 
 
 def keep_control_input(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,21 +123,11 @@ def keep_control_input(n: Tensor, context: Tensor, value: Tensor, extra: dict) -
 class _Reads:
     """The attn2 output patch of one call: adds what each chunk of the batch reads of the tokens."""
 
-    def __init__(self, patch: Control3DPatch, x: Tensor, options: Mapping, unet: torch.nn.Module, hidden: bool) -> None:
-        """x: the latents of the call. hidden: whether no row may see the source."""
-        self.patch, self.batch, self.hidden = patch, x.shape[0], hidden
+    def __init__(self, patch: Control3DPatch, batch: Batch, unet: torch.nn.Module, hidden: bool) -> None:
+        """hidden: whether no row may see the source."""
+        self.patch, self.batch, self.hidden = patch, batch, hidden
         self.blocks = {site: block for site, (_, block) in transformer_blocks(unet).items()}
-        chunks = list(options.get("cond_or_uncond") or [0])
-        self.chunks = chunks if self.batch % len(chunks) == 0 else [0]
-        self.rows = self.batch // len(self.chunks)
-        self.size, areas = options.get(AREAS, (tuple(x.shape[2:]), {}))
-        uuids = options.get("uuids") or []
-        self.areas = [areas.get(uuids[i]) if i < len(uuids) else None for i in range(len(self.chunks))]
-        if self.rows % patch.targets:
-            raise TruePoseError(
-                f"there are {patch.targets} target bodies and {self.rows} latents in the batch; expected 1 or a number "
-                f"that divides {self.rows}"
-            )
+        batch.check({"target bodies": patch.targets})
 
     def __deepcopy__(self, memo: dict) -> _Reads:
         return self
@@ -181,7 +135,8 @@ class _Reads:
     def __call__(self, n: Tensor, extra: dict) -> Tensor:
         x = extra.pop(CONTROL_INPUT)
         site = site_name((*extra["block"], extra["block_index"]))
-        if n.shape[0] != self.batch:
+        batch = self.batch
+        if n.shape[0] != batch.count:
             say_once("3D guidance is off where another node hands over some of the rows")
             return n
         height, width = extra["activations_shape"][-2:]
@@ -189,11 +144,11 @@ class _Reads:
         if grid is None:
             say_once("3D guidance goes without places where another node (HyperTile, ToMe) cuts or merges tokens")
         parts = []
-        chunks = zip(self.chunks, self.areas, n.split(self.rows), x.split(self.rows), strict=True)
+        chunks = zip(batch.kinds, batch.areas, n.split(batch.rows), x.split(batch.rows), strict=True)
         for kind, area, out, rows in chunks:
             seen = not self.hidden and (self.patch.keep_unconditional or kind != UNCONDITIONAL)
             if site in (self.patch.full if seen else self.patch.posed):
-                tokens = self.patch.on(n.device, n.dtype, site, seen)
+                tokens = self.patch.on(site, seen, n)
                 at = None if grid is None else self._at(grid, area, n)
                 out = out + beside_attention(self.blocks[site].attn2, rows, tokens, at)
             parts.append(out)
@@ -204,7 +159,7 @@ class _Reads:
         at = cells(*grid, like.float())
         if area is None:
             return at
-        (tall, wide), (height, width, top, left) = self.size, area
+        (tall, wide), (height, width, top, left) = self.batch.size, area
         middle = at.new_tensor([left + width / 2 - wide / 2, top + height / 2 - tall / 2])
         return (at * height + middle) / tall
 
@@ -221,14 +176,4 @@ def beside_attention(attn2: torch.nn.Module, x: Tensor, tokens: SiteTokens, at: 
 
 def with_control3d(model: object, patch: Control3DPatch) -> object:
     """A clone of MODEL with this 3D guidance; another on it is replaced."""
-    clone = model.clone()
-    wrappers = {
-        WrappersMP.DIFFUSION_MODEL: patch.on_model_call,
-        WrappersMP.CALC_COND_BATCH: patch.on_cond_batch,
-    }
-    for kind, wrapper in wrappers.items():
-        clone.remove_wrappers_with_key(kind, CONTROL_KEY)
-        clone.add_wrapper_with_key(kind, CONTROL_KEY, wrapper)
-    clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, CONTROL_KEY)
-    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, CONTROL_KEY, patch.on_cleanup)
-    return clone
+    return dressed(model, patch)

@@ -6,7 +6,7 @@ is loaded beside it by the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -22,13 +22,9 @@ from truepose_core.errors import TruePoseError
 from truepose_core.source.combine import CombinedFeatures
 from truepose_core.source.features import Level, SourceFeatures
 
-from .caa import (
-    CROSS_INPUT,
-    CrossTokens,
-    beside_attention,
-    keep_cross_input,
-)
-from .unet import place_name, site_name, style_places, transformer_blocks
+from .base import UNetCall, UNetPatch
+from .caa import CROSS_INPUT, CrossTokens, beside_attention, keep_cross_input
+from .unet import place_name, site_name, style_places, transformer_blocks, with_patches
 
 SOURCE_KEY = "truepose_source"
 
@@ -79,7 +75,7 @@ class CombinedHostFeatures(CombinedFeatures, HostFeatures):
         return (joined or self.nbytes) + sum(part.get_ram_usage() for part in self.parts)
 
 
-def _clean_input(sampling: object, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+def clean_input(sampling: object, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """What the host must be given so that the UNet sees the clean latent [B, C, h, w] as it is at a timestep []:
     (x, sigma [B])."""
     sigma = sampling.sigma(timestep).to(latent)
@@ -87,17 +83,20 @@ def _clean_input(sampling: object, latent: Tensor, timestep: Tensor) -> tuple[Te
     return latent * (sigma**2 + sampling.sigma_data**2) ** 0.5, sigma.expand(latent.shape[0])
 
 
-def _noised(sampling: object, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def noised(sampling: object, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The latent [B, C, h, w] as the sampler has a picture at the noise level sigma [B]."""
     return sampling.noise_scaling(sigma[:, None, None, None], noise.to(latent), latent)
 
 
-class _Recorder:
-    """The `DIFFUSION_MODEL` wrapper of a source's pass: what stands in front of every self-attention, in `sites`, and
-    the moments at every `style_places`."""
+class Recorder(UNetPatch):
+    """Keeps what a source's pass shows: what stands in front of every self-attention, in `sites`, and the moments at
+    every `style_places`."""
+
+    key = SOURCE_KEY
 
     def __init__(self, unet: UNetModel, keep_on: torch.device, cross: Mapping[str, CrossTokens]) -> None:
         """cross: region tokens per site, which the pass reads; {} for none."""
+        super().__init__()
         self.unet, self.keep_on, self.cross = unet, keep_on, cross
         self.places = style_places(unet)
         self.sites: dict[str, Tensor] = {}
@@ -118,39 +117,26 @@ class _Recorder:
     def _look_output(self, h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
         return self._look(h, options), skip
 
-    def __deepcopy__(self, memo: dict) -> _Recorder:
-        return self
-
     def _record(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
         block = (*extra["block"], extra["block_index"])
         self.sites[site_name(block)] = n.detach().to(self.keep_on, copy=True)
         return n, context, value
 
-    def on_model_call(
-        self,
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """The wrapper."""
-        options = dict(transformer_options or {})
-        patches = dict(options.get("patches", {}))
-        # In front of the others, so that what is stored is what the block was given.
-        patches["attn1_patch"] = [self._record, *patches.get("attn1_patch", [])]
-        patches["input_block_patch"] = [self._look, *patches.get("input_block_patch", [])]
-        patches["output_block_patch"] = [self._look_output, *patches.get("output_block_patch", [])]
+    def around(self, call: UNetCall) -> Tensor:
+        more: dict[str, list] = {}
         if self.cross:
-            put = {site: tokens.to(x.device, x.dtype) for site, tokens in self.cross.items()}
+            put = {site: tokens.to(call.x.device, call.x.dtype) for site, tokens in self.cross.items()}
             reads = _SourceCross(put, {site: block.attn2 for site, (_, block) in transformer_blocks(self.unet).items()})
-            patches["attn2_patch"] = [*patches.get("attn2_patch", []), keep_cross_input]
-            patches["attn2_output_patch"] = [*patches.get("attn2_output_patch", []), reads]
-        options["patches"] = patches
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+            more = {"attn2_patch": [keep_cross_input], "attn2_output_patch": [reads]}
+        patches = with_patches(call.options, more)
+        # In front of the others, so that what is stored is what the block was given.
+        looks = {
+            "attn1_patch": self._record,
+            "input_block_patch": self._look,
+            "output_block_patch": self._look_output,
+        }
+        patches |= {name: [look, *patches.get(name, [])] for name, look in looks.items()}
+        return call.run(options={**call.options, "patches": patches})
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,16 +166,16 @@ class SourceReader:
         net, device = self.model.model, self.model.load_device
         latent = self.latent.to(device, torch.float32)
         if self.noise is None:
-            x, sigma = _clean_input(net.model_sampling, latent, timesteps[0].to(device))
+            x, sigma = clean_input(net.model_sampling, latent, timesteps[0].to(device))
         else:
             # The timestep is the nearest that the net knows; the noise is what the sampler has.
             now = net.model_sampling.sigma(timesteps[:1]) if sigmas is None else sigmas.flatten()[:1]
             sigma = now.to(latent).expand(latent.shape[0])
-            x = _noised(net.model_sampling, latent, self.noise, sigma)
+            x = noised(net.model_sampling, latent, self.noise, sigma)
         conds = comfy.sampler_helpers.convert_cond(self.conditioning)
         (cond,) = comfy.samplers.encode_model_conds(net.extra_conds, conds, latent, device, "positive")
         batch = {k: c.process_cond(batch_size=x.shape[0], area=None) for k, c in cond["model_conds"].items()}
-        recorder = _Recorder(net.diffusion_model, device, self.cross)
+        recorder = Recorder(net.diffusion_model, device, self.cross)
         wrappers = {WrappersMP.DIFFUSION_MODEL: {SOURCE_KEY: [recorder.on_model_call]}}
         options = dict(self.model.model_options["transformer_options"])
         options |= {"cond_or_uncond": [0], "sigmas": sigma}

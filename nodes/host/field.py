@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.guidance.field import FieldGuidance, PoseEnergy, field_step, load_energy
 
+from .base import RunCache
 from .files import FOLDER, files
 from .model import adapter_of
 from .unet import in_window, sigma_window
@@ -54,7 +54,7 @@ class FieldPatch:
         window: tuple[float, float] | None,
     ) -> None:
         self.energy, self.options, self.target, self.patch, self.window = energy, options, target, patch, window
-        self._lock, self._copies = threading.Lock(), {}
+        self._copies = RunCache()
 
     def __deepcopy__(self, memo: dict) -> FieldPatch:
         return self
@@ -62,12 +62,13 @@ class FieldPatch:
     def _on(self, device: torch.device) -> PoseEnergy:
         if device.type == "cpu":
             return self.energy
-        with self._lock:
-            if device not in self._copies:
-                # Made outside of inference mode: weights made inside may not be differentiated through.
-                with torch.inference_mode(False):
-                    self._copies[device] = copy.deepcopy(self.energy).to(device)
-            return self._copies[device]
+
+        def copied() -> PoseEnergy:
+            # Made outside of inference mode: weights made inside may not be differentiated through.
+            with torch.inference_mode(False):
+                return copy.deepcopy(self.energy).to(device)
+
+        return self._copies.of(device, copied)
 
     def __call__(self, args: Mapping) -> Tensor:
         """args: the host's. Returns the moved estimate."""

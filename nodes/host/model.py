@@ -22,22 +22,18 @@ from torch.nn.functional import pad
 
 from truepose_core.alignment.control3d import Control3D
 from truepose_core.attention.caa import CAASite, RegionTokens
+from truepose_core.attention.heads import split_heads
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame, fit
 from truepose_core.guidance.scales import rescale_guidance
+from truepose_core.models.beside import AlignedEncoder, middle_site, nearest, scale_densepose
 from truepose_core.models.cfld.encoder import is_cfld
 from truepose_core.models.codec import PixelCodec
 from truepose_core.models.config import SKELETON, TruePoseConfig
-from truepose_core.models.model import (
-    AlignedEncoder,
-    RegionReader,
-    TruePoseModel,
-    middle_site,
-    nearest,
-    scale_densepose,
-)
+from truepose_core.models.model import TruePoseModel
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
+from truepose_core.models.region_reader import RegionReader
 from truepose_core.parsing import HumanParsing
 from truepose_core.source.features import SourceFeatures
 from truepose_core.weights.strict import ARCHITECTURE, bundled_path, load_strict, read_metadata
@@ -246,7 +242,7 @@ class Adapter:
             module = modules[key]
             heads = module.kappa.numel()
             x = tokens.tokens.to(module.to_k.weight)
-            k, v = (f(x).unflatten(-1, (heads, -1)).transpose(1, 2).cpu() for f in (module.to_k, module.to_v))
+            k, v = (split_heads(f(x), heads).cpu() for f in (module.to_k, module.to_v))
             found[site] = CrossTokens(k, v, regions, tokens.shown, module.kappa.cpu(), module.scale.cpu())
         return found
 

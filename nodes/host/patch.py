@@ -1,74 +1,74 @@
 """Patching a MODEL with HPFA and CAA (`with_hpfa`, `with_caa`), a pose (`with_pose`), or channels beside its latent.
 
-A patch is a `DIFFUSION_MODEL` wrapper. Nothing stays in the options between calls, and patch objects never change once
-made; what one call needs is in call.py.
+Nothing stays in the options between calls; what one call needs is in call.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import comfy.model_management
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from truepose_core.attention.fusion import row_index
 from truepose_core.errors import TruePoseError
 from truepose_core.source.features import SourceFeatures
 
 from .applied import AppliedCAA, AppliedSource
-from .call import _Call
-from .unet import GUIDANCE, NOTHING, POSE_ONLY, family_of, in_window, self_attentions, unet_of, with_areas, with_patches
+from .base import UNetCall, UNetPatch, dressed, undressed
+from .batch import Batch, check_cells, with_option
+from .call import WEIGHTS, SourceCall
+from .unet import GUIDANCE, NOTHING, POSE_ONLY, family_of, in_window, self_attentions, unet_of, with_patches
 
 KEY = "truepose_hpfa"
 POSE_KEY = "truepose_pose"
 
 
-class HPFAPatch:
+class HPFAPatch(UNetPatch):
     """The sources of a model and its CAAs, in the order they were applied. Made anew by every Apply, never changed."""
 
+    key = KEY
+
     def __init__(self, applied: tuple[AppliedSource, ...], caas: tuple[AppliedCAA, ...] = ()) -> None:
+        super().__init__()
         self.applied, self.caas = applied, caas
 
-    def __deepcopy__(self, memo: dict) -> HPFAPatch:
-        return self
+    @property
+    def wrappers(self) -> Mapping[str, Callable]:
+        return {
+            **super().wrappers,
+            WrappersMP.CALC_COND_BATCH: self.on_cond_batch,
+            WrappersMP.PREPARE_SAMPLING: self.on_prepare,
+        }
 
-    def on_model_call(
-        self,
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """The `DIFFUSION_MODEL` wrapper."""
-        options = {} if transformer_options is None else transformer_options
-        hidden = options.get(GUIDANCE) in (NOTHING, POSE_ONLY)
-        sigma = options.get("sigmas")
+    @property
+    def matches(self) -> bool:
+        return bool(self.caas) or any(a.matches for a in self.applied)
+
+    def around(self, call: UNetCall) -> Tensor:
+        hidden = call.options.get(GUIDANCE) in (NOTHING, POSE_ONLY)
+        sigma = call.options.get("sigmas")
         active = [] if hidden else [a for a in self.applied if a.in_window(sigma)]
         caas = [c for c in self.caas if (c.empty or not hidden) and in_window(c.sigmas, sigma)]
         if not active and not caas:
-            return executor(x, timesteps, context, y, control, options, **kwargs)
+            return call.run()
         trained = next((c for c in self.caas if c.trained), None)
-        call = _Call(active, x, options, caas, trained, hidden)
-        call.read_sources(timesteps)
-        options = call.install(executor.class_obj)
-        return call.carried(executor(x, timesteps, context, y, control, options, **kwargs), 1)
+        reads = SourceCall(self.cache, active, call.x, call.options, caas, trained, hidden)
+        reads.read_sources(call.timesteps)
+        return reads.carried(call.run(options=reads.install(call.unet)), 1)
 
     def on_cond_batch(
         self, executor: Callable, model: object, conds: list, x: Tensor, timestep: Tensor, options: dict
     ) -> list:
-        """The `CALC_COND_BATCH` wrapper: a prompt for an area sees a crop of the latent. Remember which crop."""
-        if self.caas or any(a.matches for a in self.applied):
-            options = with_areas(conds, x, options)
-        return executor(model, conds, x, timestep, options)
+        """The `CALC_COND_BATCH` wrapper. Besides areas: whether K and V may be kept."""
+        patcher = model.current_patcher
+        if patcher is not None and not patcher.hook_patches:
+            options = with_option(options, WEIGHTS, patcher.patches_uuid)
+        return super().on_cond_batch(executor, model, conds, x, timestep, options)
 
     def on_prepare(
         self, executor: Callable, model: object, noise_shape: Sequence[int], *args: object, **kwargs: object
@@ -81,11 +81,6 @@ class HPFAPatch:
         need = model.model.memory_required([2 * shape[0], *shape[1:]])
         shape[-1] = math.ceil(shape[-1] * (1 + more / max(need, 1)))
         return executor(model, shape, *args, **kwargs)
-
-    def on_cleanup(self, model: object) -> None:
-        """The `ON_CLEANUP` callback, at the end of every run, failed ones included."""
-        for applied in (*self.applied, *self.caas):
-            applied.release()
 
 
 def applied_sources(model: object) -> tuple[AppliedSource, ...]:
@@ -156,94 +151,46 @@ def _source_nets(model: object, sources: Sequence[AppliedSource]) -> list:
 
 
 def _patched(model: object, sources: tuple[AppliedSource, ...], caas: tuple[AppliedCAA, ...]) -> object:
-    patch = HPFAPatch(sources, caas) if sources or caas else None
-    clone = model.clone()
-    wrappers = (
-        {}
-        if patch is None
-        else {
-            WrappersMP.DIFFUSION_MODEL: patch.on_model_call,
-            WrappersMP.CALC_COND_BATCH: patch.on_cond_batch,
-            WrappersMP.PREPARE_SAMPLING: patch.on_prepare,
-        }
-    )
-    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREPARE_SAMPLING):
-        clone.remove_wrappers_with_key(kind, KEY)
-    clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, KEY)
-    clone.remove_attachments(KEY)
-    clone.remove_additional_models(KEY)
-    nets = _source_nets(model, sources)
-    if nets:
-        clone.set_additional_models(KEY, nets)
-    for kind, wrapper in wrappers.items():
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    if patch is not None:
-        clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, patch.on_cleanup)
-        clone.set_attachments(KEY, patch)
-    return clone
+    if not sources and not caas:
+        return undressed(model, KEY)
+    return dressed(model, HPFAPatch(sources, caas), _source_nets(model, sources))
 
 
-class PosePatch:
-    """The pose of a model: what is added after conv_in, [T, C0, h, w]. Never changed once made."""
+class PosePatch(UNetPatch):
+    """The pose of a model: what is added after conv_in, [T, C0, h, w]."""
+
+    key = POSE_KEY
 
     def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
         self.embedding = embedding
 
-    def __deepcopy__(self, memo: dict) -> PosePatch:
-        return self
-
-    def on_model_call(
-        self,
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """The `DIFFUSION_MODEL` wrapper."""
-        options = {} if transformer_options is None else transformer_options
-        if options.get(GUIDANCE) != NOTHING:
-            options = {**options, "patches": with_patches(options, {"input_block_patch": [self._add]})}
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+    def around(self, call: UNetCall) -> Tensor:
+        if call.options.get(GUIDANCE) == NOTHING:
+            return call.run()
+        patches = with_patches(call.options, {"input_block_patch": [self._add]})
+        return call.run(options={**call.options, "patches": patches})
 
     def _add(self, h: Tensor, options: dict) -> Tensor:
-        if options["block"] != ("input", 0):
-            return h
-        chunks = len(options.get("cond_or_uncond") or [0])
-        count, size = self.embedding.shape[0], tuple(self.embedding.shape[2:])
-        if tuple(h.shape[2:]) != size:
-            raise TruePoseError(
-                f"the latent is {h.shape[3]}x{h.shape[2]} cells and this TruePose model makes pictures of "
-                f"{size[1]}x{size[0]} cells; connect Empty TruePose Latent"
-            )
-        rows, rest = divmod(h.shape[0], chunks)
-        if rest or rows % count:
-            raise TruePoseError(
-                f"there are {count} target poses and {h.shape[0] // chunks} latents in the batch; "
-                "expected 1 pose or a number that divides the latents"
-            )
-        index = row_index(count, h.shape[0], chunks, self.embedding.device)
-        return h + self.embedding[index].to(h)
+        return h + _shared(self.embedding, h, options) if options["block"] == ("input", 0) else h
+
+
+def _shared(made: Tensor, x: Tensor, options: Mapping) -> Tensor:
+    """What was made of T target poses, [T, C, h, w], for each row of x [rows, _, h, w]."""
+    check_cells(x.shape[2:], made.shape[2:])
+    batch = Batch.of(x, options)
+    batch.check({"target poses": len(made)})
+    return made[batch.index(len(made), made.device)].to(x)
 
 
 def with_pose(model: object, embedding: Tensor) -> object:
     """A clone of MODEL that makes its pictures in this pose; another pose on it is replaced."""
-    patch = PosePatch(embedding)
-    clone = without_pose(model)
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, POSE_KEY, patch.on_model_call)
-    clone.set_attachments(POSE_KEY, patch)
-    return clone
+    return dressed(model, PosePatch(embedding))
 
 
 def without_pose(model: object) -> object:
     """A clone of MODEL without Apply Pose Encoder."""
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, POSE_KEY)
-    clone.remove_attachments(POSE_KEY)
-    return clone
+    return undressed(model, POSE_KEY)
 
 
 def _check_fits(model: object, unet: UNetModel, source: SourceFeatures) -> None:
@@ -262,49 +209,20 @@ def _check_fits(model: object, unet: UNetModel, source: SourceFeatures) -> None:
 CHANNELS_KEY = "truepose_channels"
 
 
-class ChannelsPatch:
-    """What TargetNet's conv_in reads beside the noisy latent, [T, C, h, w]. Never changed once made."""
+class ChannelsPatch(UNetPatch):
+    """What TargetNet's conv_in reads beside the noisy latent, [T, C, h, w]: with the pose, and without it."""
+
+    key = CHANNELS_KEY
 
     def __init__(self, channels: Tensor, without_pose: Tensor) -> None:
+        super().__init__()
         self.channels, self.without_pose = channels, without_pose
 
-    def __deepcopy__(self, memo: dict) -> ChannelsPatch:
-        return self
-
-    def on_model_call(
-        self,
-        executor: Callable,
-        x: Tensor,
-        timesteps: Tensor | None = None,
-        context: Tensor | None = None,
-        y: Tensor | None = None,
-        control: object = None,
-        transformer_options: dict | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """The `DIFFUSION_MODEL` wrapper."""
-        options = {} if transformer_options is None else transformer_options
-        added = self.without_pose if options.get(GUIDANCE) == NOTHING else self.channels
-        chunks, count = len(options.get("cond_or_uncond") or [0]), added.shape[0]
-        if tuple(x.shape[2:]) != tuple(added.shape[2:]):
-            raise TruePoseError(
-                f"the latent is {x.shape[3]}x{x.shape[2]} cells and this model was given a pose of "
-                f"{added.shape[3]}x{added.shape[2]} cells; connect Empty TruePose Latent"
-            )
-        rows, rest = divmod(x.shape[0], chunks)
-        if rest or rows % count:
-            raise TruePoseError(
-                f"there are {count} target poses and {x.shape[0] // chunks} latents in the batch; "
-                "expected 1 pose or a number that divides the latents"
-            )
-        index = row_index(count, x.shape[0], chunks, added.device)
-        return executor(torch.cat([x, added[index].to(x)], 1), timesteps, context, y, control, options, **kwargs)
+    def around(self, call: UNetCall) -> Tensor:
+        added = self.without_pose if call.options.get(GUIDANCE) == NOTHING else self.channels
+        return call.run(x=torch.cat([call.x, _shared(added, call.x, call.options)], 1))
 
 
 def with_channels(model: object, channels: tuple[Tensor, Tensor]) -> object:
     """A clone of MODEL whose conv_in also reads these (see `Adapter.channels`); others on it are replaced."""
-    patch = ChannelsPatch(*channels)
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, CHANNELS_KEY)
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, CHANNELS_KEY, patch.on_model_call)
-    return clone
+    return dressed(model, ChannelsPatch(*channels))

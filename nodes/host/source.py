@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import comfy.model_management
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from truepose_core.attention.caa import RegionTokens
@@ -19,69 +18,41 @@ from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.source.features import NOISE_SEED, Level
 
+from .base import dressed, undressed
 from .caa import CrossTokens
-from .features import SOURCE_KEY, HostFeatures, SourceReader, _clean_input, _noised, _Recorder
-from .patch import without_caa, without_hpfa, without_pose
+from .features import HostFeatures, Recorder, SourceReader, clean_input, noised
+from .patch import KEY, POSE_KEY
 from .unet import family_of, unet_of
+from .visit import Call, Visit
 
 # ------------------------------------------------------------------------------------------- reading the source
 
 
-class _ReadOnce(comfy.samplers.Sampler):
-    """A sampler of no steps: one pass over the clean latent at sigma 0, which every UNet takes as timestep 0, or at
-    another timestep."""
+class _ReadOnce(Visit):
+    """One pass over the clean latent at sigma 0, which every UNet takes as timestep 0, or at another timestep."""
 
     def __init__(self, timestep: int = 0) -> None:
         self.timestep = timestep
 
-    def sample(
-        self,
-        model_wrap: object,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: object,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        x, sigma = latent_image, latent_image.new_zeros(latent_image.shape[0])
+    def calls(self, sampling: object, latent: Tensor, noise: Tensor, sigmas: Tensor, call: Call) -> None:
+        x, sigma = latent, latent.new_zeros(latent.shape[0])
         if self.timestep:
-            sampling = model_wrap.inner_model.model_sampling
-            x, sigma = _clean_input(sampling, x, torch.tensor(float(self.timestep)))
-        positive = model_wrap.conds["positive"]
-        options = extra_args["model_options"]
-        comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, options)
-        return latent_image
+            x, sigma = clean_input(sampling, x, torch.tensor(float(self.timestep)))
+        call(x, sigma)
 
 
-class _ReadLevels(comfy.samplers.Sampler):
-    """A sampler of no steps: one pass over the noised latent at each of the noise levels, kept in `levels`."""
+class _ReadLevels(Visit):
+    """One pass over the noised latent at each of the noise levels, kept in `levels`."""
 
-    def __init__(self, sigmas: Sequence[float], noise: Tensor, recorder: _Recorder) -> None:
+    def __init__(self, sigmas: Sequence[float], noise: Tensor, recorder: Recorder) -> None:
         self.sigmas, self.noise, self.recorder = sigmas, noise, recorder
         self.levels: list[Level] = []
 
-    def sample(
-        self,
-        model_wrap: object,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: object,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        sampling, positive = model_wrap.inner_model.model_sampling, model_wrap.conds["positive"]
+    def calls(self, sampling: object, latent: Tensor, noise: Tensor, sigmas: Tensor, call: Call) -> None:
         for level in self.sigmas:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            sigma = latent_image.new_full((latent_image.shape[0],), level)
-            x = _noised(sampling, latent_image, self.noise, sigma)
-            comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, extra_args["model_options"])
+            sigma = latent.new_full((latent.shape[0],), level)
+            call(noised(sampling, latent, self.noise, sigma), sigma)
             self.levels.append(self.recorder.take(level))
-        return latent_image
 
 
 def _source_conditioning(model: object, latent: Tensor, conditioning: list | None) -> list:
@@ -143,11 +114,9 @@ def read_source(
             "the source's latent holds NaN: the VAE overflowed. Start ComfyUI with --fp32-vae or use another VAE"
         )
     conditioning, cross = _source_conditioning(model, latent, conditioning), cross or {}
-    recorder = _Recorder(unet, comfy.model_management.intermediate_device(), cross)
-    bare = without_pose(without_caa(without_hpfa(model)))
-    reader = bare.clone()
-    reader.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SOURCE_KEY, recorder.on_model_call)
-    guider = comfy.samplers.CFGGuider(reader)
+    recorder = Recorder(unet, comfy.model_management.intermediate_device(), cross)
+    bare = undressed(model, KEY, POSE_KEY)
+    guider = comfy.samplers.CFGGuider(dressed(bare, recorder))
     guider.inner_set_conds({"positive": conditioning})
     noise, sampler = None, _ReadOnce(timestep)
     if levels:

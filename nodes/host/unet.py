@@ -1,9 +1,9 @@
-"""The host's UNet: its blocks and their names, what a call carries in its options, areas and noise levels."""
+"""The host's UNet: its blocks and their names, what a call carries in its options, and noise levels."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 import comfy.ldm.modules.attention as host_attention
@@ -13,27 +13,19 @@ from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 
-AREAS = "truepose_areas"
 GUIDANCE = "truepose_guidance"
 NOTHING, POSE_ONLY = "nothing", "pose"
 """What a call of the guider may see; without a word it sees all."""
-BLOCKS = ("all", "encoder", "middle", "decoder", "middle and decoder")
-_PARTS = {
+PARTS = {
     "all": ("input", "middle", "output"),
     "encoder": ("input",),
     "middle": ("middle",),
     "decoder": ("output",),
     "middle and decoder": ("middle", "output"),
 }
-UNCONDITIONAL = 1
-"""The host's number for negative rows in `cond_or_uncond`."""
-NEGATIVE_ROWS = "ref_uncond_idxs"
-"""Where Advanced-ControlNet's reference says which rows are negative. It calls a replace for all rows, and then again
-for these alone, which the host never does."""
-
+"""Choice of blocks -> the host's parts of a UNet."""
+BLOCKS = tuple(PARTS)
 Block = tuple[str, int, int]
-Area = tuple[int, int, int, int]
-"""(height, width, top, left) in latent cells."""
 
 log = logging.getLogger("truepose")
 
@@ -124,32 +116,9 @@ def in_window(window: tuple[float, float] | None, sigma: Tensor | None) -> bool:
     return window[0] >= float(sigma.flatten()[0]) >= window[1]
 
 
-def _is_on(strength: float | Tensor) -> bool:
+def is_on(strength: float | Tensor) -> bool:
+    """Whether a strength of match (a number or [H]) is above 0 anywhere."""
     return bool((strength > 0).any()) if isinstance(strength, Tensor) else strength > 0
-
-
-def with_areas(conds: list, x: Tensor, options: dict) -> dict:
-    """Model options that remember which crop of the latents x each prompt for an area sees; as they are without any."""
-    entries = [entry for cond in conds if cond is not None for entry in cond]
-    areas = {e["uuid"]: _clip_area(e["area"], x.shape[2:]) for e in entries if e.get("area") is not None}
-    if not areas:
-        return options
-    inner = {**options.get("transformer_options", {}), AREAS: (tuple(x.shape[2:]), areas)}
-    return {**options, "transformer_options": inner}
-
-
-def _clip_area(area: Sequence[int], size: Sequence[int]) -> Area:
-    height, width, top, left = area
-    return min(height, size[0] - top), min(width, size[1] - left), top, left
-
-
-def same_shape(picture: tuple[int, int], cells: tuple[int, int]) -> bool:
-    """Whether a picture of (height, width) pixels can be that of a latent of (rows, columns) cells: their proportions
-    agree up to less than one cell, and half a pixel, on each side."""
-    (height, width), (rows, columns) = picture, cells
-    tallest = (rows + 1) / (columns - 1) if columns > 1 else float("inf")
-    flattest = (rows - 1) / (columns + 1)
-    return (height - 0.5) / (width + 0.5) < tallest and (height + 0.5) / (width - 0.5) > flattest
 
 
 def sigma_window(model: object, start: float, end: float) -> tuple[float, float] | None:

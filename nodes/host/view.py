@@ -11,6 +11,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from truepose_core.attention.heads import split_heads
 from truepose_core.attention.view import Look, SiteLook, attention_mass, combine, spread_kept
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
@@ -18,31 +19,16 @@ from truepose_core.parsing import HumanParsing
 from . import applied as host_applied
 from . import patch as host_patch
 from . import unet as host_unet
+from .visit import Call, Visit
 
 OVERRIDE = "optimized_attention_override"
 
 
-class _LookOnce(comfy.samplers.Sampler):
-    """A sampler of no steps: one call on the positive prompt, at the first noise level."""
+class _LookOnce(Visit):
+    """One call at the first noise level."""
 
-    def sample(
-        self,
-        model_wrap: object,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: object,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        sampling = model_wrap.inner_model.model_sampling
-        x = sampling.noise_scaling(sigmas[0], noise, latent_image, False)
-        sigma = sigmas[0].expand(x.shape[0])
-        positive = model_wrap.conds["positive"]
-        comfy.samplers.calc_cond_batch(model_wrap.inner_model, [positive], x, sigma, extra_args["model_options"])
-        return latent_image
+    def calls(self, sampling: object, latent: Tensor, noise: Tensor, sigmas: Tensor, call: Call) -> None:
+        call(sampling.noise_scaling(sigmas[0], noise, latent, False), sigmas[0].expand(len(latent)))
 
 
 @dataclass
@@ -79,7 +65,7 @@ class _Eye:
         if not any(a is self.chosen for a, _ in counts):
             return
         if not skip_reshape:
-            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+            q, k = (split_heads(x, heads) for x in (q, k))
         height, width = options["activations_shape"][-2:]
         places = height * width
         # HyperTile, ToMe and others cut or merge tokens: what is left cannot be laid on the picture.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from truepose_core.alignment.field import PoseField
 from truepose_core.body.lift import LiftNet
 from truepose_core.body.reading import read_body
-from truepose_core.importing.kinds import describe
+from truepose_core.importing.plan import describe
 from truepose_core.models.cfld.encoder import CFLDConfig
 from truepose_core.models.config import TruePoseConfig
 from truepose_core.models.model import TruePoseModel

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from truepose_core.attention.heads import split_heads
 from truepose_core.attention.hpfa import SHUT
 from truepose_core.body.lift import FEWEST, lift_each, rotation_of_six, six_of_rotation
 from truepose_core.body.pose import JOINTS, SHAPE, BodyPose
@@ -195,7 +196,7 @@ class Control3DSite(nn.Module):
 
     def keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [B, H, K, D] of tokens [B, K, width]."""
-        return tuple(f(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_k, self.to_v))
+        return tuple(split_heads(f(tokens), self.heads) for f in (self.to_k, self.to_v))
 
     def forward(self, q: Tensor, control: ControlTokens, grid: tuple[int, int]) -> Tensor:
         """lambda CrossAttn(x, tokens), before the block's output projection. q: [B, H, N, D], grid: (rows, columns)."""

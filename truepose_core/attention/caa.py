@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot, pad, scaled_dot_product_attention
 
-from truepose_core.attention.hpfa import REGIONS, SHUT
+from truepose_core.attention.heads import merge_heads, split_heads
+from truepose_core.attention.hpfa import SHUT
+from truepose_core.regions import N_REGIONS
 
 BACKGROUND = 0
 
@@ -38,13 +40,13 @@ class RegionTokens:
     @property
     def regions(self) -> Tensor:
         """[7 n, 7] one-hot: the region of each token."""
-        n = self.tokens.shape[1] // REGIONS
-        index = torch.arange(REGIONS, device=self.tokens.device).repeat_interleave(n)
-        return one_hot(index, REGIONS).to(self.tokens)
+        n = self.tokens.shape[1] // N_REGIONS
+        index = torch.arange(N_REGIONS, device=self.tokens.device).repeat_interleave(n)
+        return one_hot(index, N_REGIONS).to(self.tokens)
 
     def rows(self, keep: Tensor) -> RegionTokens:
         """The same tokens; rows with keep [B] == False say nothing of the source (zeros, background alone open)."""
-        n = self.tokens.shape[1] // REGIONS
+        n = self.tokens.shape[1] // N_REGIONS
         shown = self.shown & keep[:, None]
         tokens = self.tokens * shown[..., None].to(self.tokens)
         background = torch.arange(self.tokens.shape[1], device=shown.device) < n
@@ -74,13 +76,13 @@ def caa_attention(
     shut = torch.where(shown, 0.0, SHUT).to(q)
     hot = token_regions.to(q)
     kappa = torch.as_tensor(kappa, dtype=q.dtype, device=q.device).reshape(1, -1, 1, 1)
-    known = kappa * prior.to(q)[:, None] if prior is not None else q.new_zeros((1, 1, n, REGIONS))
+    known = kappa * prior.to(q)[:, None] if prior is not None else q.new_zeros((1, 1, n, N_REGIONS))
     known = known.expand(b, h, -1, -1)
     query = torch.cat([q, known / s, q.new_full((b, h, n, 1), 1 / s)], -1)
     key = torch.cat([k, hot.expand(b, h, -1, -1), shut[:, None, :, None].expand(b, h, -1, 1)], -1)
     value = pad(torch.cat([v, hot.expand(b, h, -1, -1)], -1), (0, 1))
     out = scaled_dot_product_attention(query, key, value, scale=s)
-    return out[..., :d], out[..., d : d + REGIONS].mean(1)
+    return out[..., :d], out[..., d : d + N_REGIONS].mean(1)
 
 
 class CAASite(nn.Module):
@@ -95,9 +97,8 @@ class CAASite(nn.Module):
 
     def forward(self, q: Tensor, region_tokens: RegionTokens, prior: Tensor | None) -> tuple[Tensor, Tensor]:
         """q [B, H, N, D] -> (out [B, H, N, D], P [B, N, 7]); `scale` is left to the caller."""
-        b, h, _, d = q.shape
         tokens = region_tokens.tokens.to(q)
-        k, v = (f(tokens).reshape(b, -1, h, d).transpose(1, 2) for f in (self.to_k, self.to_v))
+        k, v = (split_heads(f(tokens), q.shape[1]) for f in (self.to_k, self.to_v))
         return caa_attention(q, k, v, region_tokens.regions, region_tokens.shown, prior=prior, kappa=self.kappa.to(q))
 
 
@@ -115,12 +116,11 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
         x, latents = self.norm1(x), self.norm2(latents)
-        b, n, _ = latents.shape
         q = self.to_q(latents)
         k, v = self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1)
-        q, k, v = (t.reshape(b, t.shape[1], self.heads, -1).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None].to(q))
-        return self.to_out(out.transpose(1, 2).reshape(b, n, -1))
+        return self.to_out(merge_heads(out))
 
 
 class PerceiverLayer(nn.Module):
@@ -150,7 +150,7 @@ def region_bias(rows: Tensor, per_region: int, leak: float = 0.0) -> Tensor:
 
 def shown_regions(rows: Tensor) -> Tensor:
     """Which regions a picture shows, [B, 7] bool: those with more than a fiftieth of an even share of the patches."""
-    return rows.sum(1) > 0.02 * rows.shape[1] / REGIONS
+    return rows.sum(1) > 0.02 * rows.shape[1] / N_REGIONS
 
 
 class RegionResampler(nn.Module):
@@ -172,7 +172,7 @@ class RegionResampler(nn.Module):
     ):
         super().__init__()
         self.per_region, self.leak = per_region, leak
-        self.latents = nn.Parameter(torch.randn(REGIONS * per_region, dim) * dim**-0.5)
+        self.latents = nn.Parameter(torch.randn(N_REGIONS * per_region, dim) * dim**-0.5)
         self.proj_in = nn.Linear(dim_in, dim)
         self.layers = nn.ModuleList(PerceiverLayer(dim, dim // heads, heads) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim_out)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from truepose_core.errors import TruePoseError
+from truepose_core.regions import N_REGIONS
 
-REGIONS = 7
 SHUT = -1.0e4
 """A logit that closes a token: exp(SHUT) is exactly 0 in every float type, and SHUT is finite in float16."""
 
@@ -49,9 +49,9 @@ class SourceTokens:
 
 def region_rows_weight(regions: Tensor, omega: Tensor) -> Tensor:
     """w(j) = sum_r omega_r R(j, r). regions [..., M, 7], omega [7] in [0, 1] -> [..., M] in [0, 1]."""
-    if omega.shape != (REGIONS,):
+    if omega.shape != (N_REGIONS,):
         raise TruePoseError(
-            f"region weights have shape {tuple(omega.shape)}; expected one weight for each of {REGIONS} regions"
+            f"region weights have shape {tuple(omega.shape)}; expected one weight for each of {N_REGIONS} regions"
         )
     return (regions * omega.to(regions)).sum(-1).clamp(0, 1)
 
@@ -119,7 +119,7 @@ def match_channels(
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     if with_regions:
-        row = q.new_zeros((1, h, 1, REGIONS))
+        row = q.new_zeros((1, h, 1, N_REGIONS))
         if target_regions is not None:
             row = row + _per_head(beta, like) * target_regions.to(q)[:, None]
         if region_log_weight is not None:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, one_hot, pad
 
-from truepose_core.attention.hpfa import REGIONS, SourceTokens, augment, gather_tokens, kept_tokens, match_channels
+from truepose_core.attention.hpfa import SourceTokens, augment, gather_tokens, kept_tokens, match_channels
 from truepose_core.errors import TruePoseError
+from truepose_core.regions import N_REGIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,9 @@ def _join(references: Sequence[Reference], index: Tensor) -> tuple[Joined, ...]:
 
 def _regions(matches: Sequence[Match], reference: Reference) -> Tensor:
     """beta R of one reference: [B or 1, M, 7]."""
-    return sum((m.beta * m.regions for m in matches if m.regions is not None), torch.zeros(1, reference.count, REGIONS))
+    return sum(
+        (m.beta * m.regions for m in matches if m.regions is not None), torch.zeros(1, reference.count, N_REGIONS)
+    )
 
 
 def _places(matches: Sequence[Sequence[Match]], references: Sequence[Reference]) -> list[Tensor]:

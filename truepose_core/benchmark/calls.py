@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from truepose_core.attention.caa import CAASite
-from truepose_core.attention.hpfa import REGIONS, hpfa_attention
+from truepose_core.attention.hpfa import hpfa_attention
 from truepose_core.benchmark.count import Part, StepCount, count_attention
 from truepose_core.benchmark.memory import CALLS
 from truepose_core.benchmark.shapes import (
@@ -42,6 +42,7 @@ from truepose_core.benchmark.shapes import (
 )
 from truepose_core.models.processors import TargetPass, attention_sites, install
 from truepose_core.parsing import HumanParsing
+from truepose_core.regions import N_REGIONS
 from truepose_core.source.features import SourceFeatures
 
 Work = dict[tuple, Callable[[], Any]]
@@ -115,7 +116,7 @@ def caa_work(sites: Iterable[Site], context: int, device: torch.device, dtype: t
         module = CAASite(context, site.inner, site.heads).to(device=device, dtype=dtype)
         to_q = nn.Linear(site.inner, site.inner, bias=False, device=device, dtype=dtype)
         q = torch.randn(1, site.heads, site.tokens, site.width, device=device, dtype=dtype)
-        prior = torch.rand(1, site.tokens, REGIONS, device=device, dtype=dtype)
+        prior = torch.rand(1, site.tokens, N_REGIONS, device=device, dtype=dtype)
         x = torch.randn(1, site.tokens, site.inner, device=device, dtype=dtype)
         work["caa", site] = lambda m=module, q=q, p=prior: m(q, tokens, p)
         work["query", site] = lambda f=to_q, x=x: f(x)
@@ -157,11 +158,11 @@ def target_pass(
     net: Net, sites: dict[str, Site], share: float, channels: int, device: torch.device | str, dtype: torch.dtype
 ) -> TargetPass:
     """A pass of TargetNet whose source's K and V are at hand. sites: the shape of every site by its name."""
-    nobody = HumanParsing(torch.eye(REGIONS)[:1, :, None, None])
+    nobody = HumanParsing(torch.eye(N_REGIONS)[:1, :, None, None])
     prior, body = {}, {}
     for site in sites.values():
         if channels >= 8:
-            prior[site.tokens] = torch.rand(1, site.tokens, REGIONS, device=device, dtype=dtype)
+            prior[site.tokens] = torch.rand(1, site.tokens, N_REGIONS, device=device, dtype=dtype)
         if channels >= 16:
             body[site.tokens] = torch.rand(1, site.tokens, 3, device=device, dtype=dtype)
     return TargetPass(

@@ -41,7 +41,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown of everything in the result of `measure`."""
-    from truepose_core.benchmark.shapes import PER_REGION, REGIONS
+    from truepose_core.benchmark.shapes import PER_REGION
+    from truepose_core.regions import N_REGIONS
 
     def name(row: dict[str, Any]) -> list[str]:
         cells = [row["model"], row["size"]]
@@ -124,6 +125,6 @@ def tables(result: dict[str, Any]) -> str:
                 for r in result["caa"]
             ],
         ),
-        DEFINITIONS.format(timed=TIMED[machine["device_type"]], memory=machine["memory"], caa=REGIONS * PER_REGION),
+        DEFINITIONS.format(timed=TIMED[machine["device_type"]], memory=machine["memory"], caa=N_REGIONS * PER_REGION),
     ]
     return "\n\n".join(blocks)

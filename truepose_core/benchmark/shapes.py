@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from truepose_core.attention.caa import RegionTokens
-from truepose_core.attention.hpfa import REGIONS, SourceTokens
+from truepose_core.attention.hpfa import SourceTokens
+from truepose_core.regions import N_REGIONS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -158,7 +159,7 @@ def source_tokens(site: Site, kept: int, channels: int, device: torch.device | s
     return SourceTokens(
         rand(1, site.heads, kept, site.width),
         rand(1, site.heads, kept, site.width),
-        regions=rand(1, kept, REGIONS) if channels >= 8 else None,
+        regions=rand(1, kept, N_REGIONS) if channels >= 8 else None,
         log_w=-rand(1, kept) if channels >= 8 else None,
         body=rand(1, kept, 3) if channels >= 16 else None,
     )
@@ -172,7 +173,7 @@ def attention_inputs(
     terms: dict[str, Any] = {}
     if channels >= 8:
         terms |= {
-            "target_regions": torch.rand(1, site.tokens, REGIONS, device=device, dtype=dtype),
+            "target_regions": torch.rand(1, site.tokens, N_REGIONS, device=device, dtype=dtype),
             "beta": BETA,
         }
     if channels >= 16:
@@ -182,6 +183,6 @@ def attention_inputs(
 
 def region_tokens(width: int, device: torch.device | str, dtype: torch.dtype) -> RegionTokens:
     """CAA's tokens of one source that shows every region."""
-    count = REGIONS * PER_REGION
+    count = N_REGIONS * PER_REGION
     tokens = torch.randn(1, count, width, device=device, dtype=dtype)
     return RegionTokens(tokens, torch.ones(1, count, device=device, dtype=torch.bool))

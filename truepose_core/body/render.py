@@ -18,7 +18,8 @@ from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin.body import SWAPPED, axis_angle_to_matrix, chain_rotations, rest_joints
 from truepose_core.mannequin.identity import Identities, sample_identities
-from truepose_core.mannequin.render import Scene, paint_surface, pool_samples, tile_grid, trace
+from truepose_core.mannequin.render import paint_surface, pool_samples, trace
+from truepose_core.mannequin.scene import Scene, tile_grid
 from truepose_core.mannequin.solids import HAIR, HIP, LEG, SLEEVE, TORSO, Parts, body_parts
 
 MIRRORS = {"none": (1, 1), "left-right": (-1, 1), "front-back": (1, -1), "both": (-1, -1)}

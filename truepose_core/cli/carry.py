@@ -15,21 +15,18 @@ from truepose_core.cli.console import (
     choose_device,
     make_folder,
     picture_size,
-    whole,
     write_outputs,
 )
 from truepose_core.cli.transfer.bodies import add_body_arguments, check_body_options, load_smpl, read_posed
 from truepose_core.cli.transfer.command import output_size
 from truepose_core.cli.transfer.inputs import Target, output_paths, read_targets
 from truepose_core.cli.transfer.maps import PoseMaps
+from truepose_core.cli.transfer.options import add_person_arguments, add_pose_arguments, check_options, frame_size
 from truepose_core.cli.transfer.person import (
     AUTO,
     Networks,
     PersonPhoto,
-    add_person_arguments,
-    check_options,
     find_crop,
-    frame_size,
     read_person,
     tell_cut,
     told_where,
@@ -79,30 +76,7 @@ PICTURES = {"seen": "--seen", "depth": "--depth", "normal": "--normal", "parsing
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `truepose carry`."""
-    # SOURCE stands first: behind an option that takes several values it would be one of them.
-    parser.usage = "truepose carry SOURCE --pose POSE ... --out PATH [options]"
-    parser.add_argument("source", metavar="SOURCE", help="the picture of the person")
-    inputs = parser.add_argument_group("what to show")
-    inputs.add_argument(
-        "--pose",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="POSE",
-        help="the poses to show, one or more: POSE.json, a ready pose such as gallery:waving, or with --estimate-pose "
-        "a picture of somebody",
-    )
-    inputs.add_argument(
-        "--person", type=whole(0), metavar="N", help="which person of the poses, from 0 (default: the largest)"
-    )
-    inputs.add_argument(
-        "--retarget",
-        nargs="?",
-        const="feet",
-        choices=("feet", "hips"),
-        help="put the poses on the proportions of the person in SOURCE; the feet, or the hips, stay where the pose has "
-        "them (--retarget alone: feet)",
-    )
+    inputs = add_pose_arguments(parser, "truepose carry")
     add_body_arguments(inputs, "poses as 3D bodies")
     person = parser.add_argument_group("the person in SOURCE")
     add_person_arguments(person)

@@ -79,7 +79,7 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
     from truepose_core.cli.transfer.maps import command_line
     from truepose_core.importing.convert import not_recognised
     from truepose_core.importing.families import FAMILIES
-    from truepose_core.importing.kinds import describe as kind_of
+    from truepose_core.importing.plan import describe as kind_of
     from truepose_core.weights.reading import refuse_quantised
     from truepose_core.weights.strict import ARCHITECTURE
 

@@ -16,17 +16,8 @@ from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame, _move_person, _whole
 from truepose_core.parsing.human_parsing import HumanParsing
 from truepose_core.pose import Person
-from truepose_core.pose.limbs import (
-    FACE_POINTS,
-    L_ELBOW,
-    L_SHOULDER,
-    L_WRIST,
-    LIMB_RANGE,
-    R_ELBOW,
-    R_SHOULDER,
-    R_WRIST,
-    limb_frames,
-)
+from truepose_core.pose.keypoints import FACE_POINTS, L_ELBOW, L_SHOULDER, L_WRIST, R_ELBOW, R_SHOULDER, R_WRIST
+from truepose_core.pose.limbs import LIMB_RANGE, limb_frames
 from truepose_core.regions import Region
 
 BUCKETS: dict[str, tuple[tuple[int, int], ...]] = {

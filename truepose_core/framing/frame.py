@@ -195,6 +195,15 @@ def check_shape(what: str, size: tuple[int, int], whose: str, picture: tuple[int
         )
 
 
+def fits_cells(picture: tuple[int, int], cells: tuple[int, int]) -> bool:
+    """Whether a picture of (height, width) pixels can be that of a latent of (rows, columns) cells: their proportions
+    agree up to less than one cell, and half a pixel, on each side."""
+    (height, width), (rows, columns) = picture, cells
+    tallest = (rows + 1) / (columns - 1) if columns > 1 else float("inf")
+    flattest = (rows - 1) / (columns + 1)
+    return (height - 0.5) / (width + 0.5) < tallest and (height + 0.5) / (width - 0.5) > flattest
+
+
 def _move_person(person: Person, move: Callable[[Tensor], Tensor]) -> Person:
     arrays = (person.body, person.hand_left, person.hand_right, person.face)
     return Person(*(None if a is None else move(torch.tensor(a)).numpy() for a in arrays))

@@ -19,8 +19,7 @@ from torch import Tensor
 from truepose_core import __version__
 from truepose_core.errors import TruePoseError
 from truepose_core.importing import families as systems
-from truepose_core.importing.kinds import describe
-from truepose_core.importing.plan import NOT_STATED, Family, Part, Plan
+from truepose_core.importing.plan import NOT_STATED, Family, Part, Plan, describe
 from truepose_core.models.config import TruePoseConfig
 from truepose_core.pictures.files import check_output, whole_file
 from truepose_core.weights.reading import (

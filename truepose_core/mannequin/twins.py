@@ -19,15 +19,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from truepose_core.pose.keypoints import FACE_POINTS
+
 from .body import BodyPoses, axis_angle_to_matrix, chain_rotations, matrix_to_axis_angle, rest_joints
 from .identity import as_indices, uniform
 
-__all__ = ["ARMS", "FACE_POINTS", "TWINS", "hide_faces", "mirror_arm", "mirror_body", "twin_poses"]
+__all__ = ["ARMS", "TWINS", "hide_faces", "mirror_arm", "mirror_body", "twin_poses"]
 
 ARMS = {"left": (13, 16, (18, 20, 22)), "right": (14, 17, (19, 21, 23))}
 """Side -> its collar, its shoulder and the joints below it."""
-FACE_POINTS = (0, 14, 15, 16, 17)
-"""OpenPose's nose, eyes and ears."""
 TWINS = ("body", "left arm", "right arm", "both arms")
 """What `twin_poses` mirrors."""
 _STREAM = 11

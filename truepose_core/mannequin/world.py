@@ -13,7 +13,8 @@ from truepose_core.errors import TruePoseError
 from .body import BodyPoses, sample_poses
 from .hard import HARD, busy, cross_arm, one_colour
 from .identity import Identities, as_indices, sample_identities
-from .render import LIGHT, Rendering, make_scene, render
+from .render import LIGHT, Rendering, render
+from .scene import make_scene
 from .shifted import LIGHT as SHIFTED_LIGHT
 from .shifted import shift_people
 from .twins import hide_faces, twin_poses

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from truepose_core.attention.caa import PerceiverAttention, RegionTokens, region_bias, shown_regions
-from truepose_core.attention.hpfa import REGIONS
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
+from truepose_core.regions import N_REGIONS
 from truepose_core.weights.strict import load_strict
 
 PLAIN, PLUS = "ip-adapter", "ip-adapter-plus"
@@ -226,8 +226,8 @@ class RegionAdapter(nn.Module):
         if self.config.reads_patches:
             tokens = self.image_proj(seen, _with_class_token(rows, seen.shape[1]))
         else:
-            if seen.shape[1] != REGIONS:
-                raise TruePoseError(f"expected one embedding for each of {REGIONS} regions, got {seen.shape[1]}")
+            if seen.shape[1] != N_REGIONS:
+                raise TruePoseError(f"expected one embedding for each of {N_REGIONS} regions, got {seen.shape[1]}")
             tokens = self.image_proj(seen)
         tokens = torch.where(shown[..., None, None], tokens, 0.0)
         return RegionTokens(tokens.flatten(1, 2), shown.repeat_interleave(self.config.tokens, 1))
@@ -358,7 +358,7 @@ def on_grey(image: Tensor, mask: Tensor) -> Tensor:
 
 def region_pictures(image: Tensor, parsing: HumanParsing) -> Tensor:
     """The picture with one region at a time visible on grey: [7, 3, H, W]. image: [1, 3, H, W]."""
-    return torch.cat([on_grey(image, parsing.masks[:, r]) for r in range(REGIONS)])
+    return torch.cat([on_grey(image, parsing.masks[:, r]) for r in range(N_REGIONS)])
 
 
 def patch_rows(parsing: HumanParsing, count: int) -> Tensor:

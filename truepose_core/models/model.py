@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from truepose_core.alignment.control3d import Control3D, ControlTokens
 from truepose_core.alignment.recurrent import AlignedPerson
-from truepose_core.attention.caa import CAASite, RegionResampler, RegionTokens
+from truepose_core.attention.caa import RegionTokens
 from truepose_core.body.places import places_of
 from truepose_core.body.pose import BodyPose
 from truepose_core.errors import TruePoseError
+from truepose_core.models.beside import AlignedEncoder, middle_site, nearest, noised, scale_densepose
 from truepose_core.models.codec import PixelCodec, VAECodec
-from truepose_core.models.config import SKELETON, Behaviour, CAAConfig, TruePoseConfig
+from truepose_core.models.config import SKELETON, Behaviour, TruePoseConfig
 from truepose_core.models.pose_encoder import encode_maps, make_pose_encoder
 from truepose_core.models.processors import (
     HPFASite,
@@ -30,11 +31,11 @@ from truepose_core.models.processors import (
     key_of,
     token_counts,
 )
+from truepose_core.models.region_reader import CAA
 from truepose_core.models.styling import add_style_places, styling
 from truepose_core.parsing import HumanParsing
-from truepose_core.regions import Region
 from truepose_core.source.align import with_aligned_tokens
-from truepose_core.source.features import NOISE_SEED, Level, SourceFeatures
+from truepose_core.source.features import Level, SourceFeatures
 
 _pose_embedding: ContextVar[Tensor | None] = ContextVar("pose_embedding", default=None)
 
@@ -51,115 +52,6 @@ def _pose_added(embedding: Tensor | None) -> Iterator[None]:
 def _add_pose(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     embedding = _pose_embedding.get()
     return output if embedding is None else output + embedding.to(output)
-
-
-class RegionReader(nn.Module):
-    """Vision tower and resampler: a picture of the person and its parsing in, region tokens of width `context` out."""
-
-    def __init__(self, config: CAAConfig, context: int):
-        super().__init__()
-        from open_clip.transformer import VisionTransformer
-
-        self.config = config
-        self.vision = VisionTransformer(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            mlp_ratio=4.0,
-            output_dim=config.width,
-            output_tokens=True,
-        )
-        self.resampler = RegionResampler(
-            config.width,
-            context,
-            dim=config.resampler_dim,
-            per_region=config.per_region,
-            depth=config.resampler_depth,
-            heads=config.heads,
-        )
-
-    def forward(self, image: Tensor, parsing: HumanParsing) -> RegionTokens:
-        """image [B, 3, H, W] in [0, 1] with its parsing -> region tokens. The background is painted grey."""
-        height, width = self.config.image_size
-        person = 1 - parsing.masks[:, :1].to(image)
-        image = image * person + 0.5 * (1 - person)
-        if image.shape[-2:] != (height, width):
-            image = nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
-        _, patches = self.vision((image - 0.5) / 0.25)
-        rows = parsing.tokens(height // self.config.patch_size, width // self.config.patch_size)
-        return self.resampler(patches, rows.to(patches))
-
-
-class CAA(RegionReader):
-    """The region reader, and the decoupled cross-attention of every site of both nets."""
-
-    def __init__(self, config: CAAConfig, context: int, source_net: nn.Module, target_net: nn.Module):
-        super().__init__(config, context)
-
-        def sites(net: nn.Module) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {
-                    key_of(name): CAASite(context, block.attn2.inner_dim, block.attn2.heads, config.scale)
-                    for name, block in attention_sites(net).items()
-                }
-            )
-
-        self.source_sites, self.target_sites = sites(source_net), sites(target_net)
-
-
-def nearest(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, H, W] at another size, each cell the pixel at its corner: labels must not mix."""
-    return nn.functional.interpolate(picture, tuple(size), mode="nearest")
-
-
-def scale_densepose(picture: Tensor, scaling: str) -> Tensor:
-    """A DensePose picture [B, 3, h, w] in [0, 1] as conv_in reads it; scaling as in `Behaviour`."""
-    if scaling == "127.5":
-        return 2 * picture - 1
-    # The third channel is the part's number 0..24, not a shade.
-    return 2 * picture * picture.new_tensor([1.0, 1.0, 255 / 24])[:, None, None] - 1
-
-
-def middle_site(sites: Iterable[str]) -> str:
-    """The attention site in the middle of the UNet, whose tokens the 3D guidance lifts; names of diffusers or ComfyUI.
-    Raises TruePoseError where there is none."""
-    found = next((site for site in sites if site.startswith("mid")), None)
-    if found is None:
-        raise TruePoseError("3D guidance lifts the tokens of the UNet's middle block, which has no attention here")
-    return found
-
-
-class AlignedEncoder(nn.Module):
-    """Reads the source's latent carried to the target pose [B, C, h, w], how certain each cell is [B, 1, h, w] and,
-    where the model goes by recurrent alignment, its regions [B, 7, h, w].
-
-    Gives what is added after TargetNet's conv_in [B, C0, h, w], which starts at zero, and what is added to its x0
-    prediction [B, C, h, w], which starts as the carried latent itself: the net learns what to change in it.
-    """
-
-    def __init__(self, latent: int, width: int, regions: bool = False):
-        super().__init__()
-        read = latent + 1 + (len(Region) if regions else 0)
-        self.conv_in = nn.Conv2d(read, 2 * width, 3, padding=1)
-        self.conv_out = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.skip = nn.Conv2d(read, latent, 1)
-        for module in (self.conv_out, self.skip):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        nn.init.dirac_(self.skip.weight)
-
-    def forward(self, latent: Tensor, certain: Tensor, regions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = torch.cat([latent, certain] if regions is None else [latent, certain, regions], 1)
-        return self.conv_out(nn.functional.silu(self.conv_in(x))), self.skip(x)
-
-
-def noised(latent: Tensor, sigma: float) -> Tensor:
-    """The latent [B, C, h, w] with fixed noise, as a UNet takes it at this noise level: of a variance of about 1."""
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(latent)
-    kept = 1 / (1 + sigma**2)
-    return kept**0.5 * latent + (1 - kept) ** 0.5 * noise
 
 
 class TruePoseModel(nn.Module):

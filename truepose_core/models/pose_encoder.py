@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
+from truepose_core.attention.heads import merge_heads, split_heads
 from truepose_core.errors import TruePoseError
 from truepose_core.models.config import SKELETON, Behaviour
 
@@ -61,8 +62,8 @@ class MapAttention(nn.Module):
         height, width = picture.shape[-2:]
         x = self.proj_in(self.norm(picture)).flatten(2).mT
         n = self.norm1(x)
-        q, k, v = (f(n).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        x = x + self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(f(n), HEADS) for f in (self.to_q, self.to_k, self.to_v))
+        x = x + self.to_out(merge_heads(scaled_dot_product_attention(q, k, v)))
         value, gate = self.ff_in(self.norm3(x)).chunk(2, -1)
         x = x + self.ff_out(value * gelu(gate))
         return picture + self.proj_out(x.mT.unflatten(2, (height, width)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from truepose_core.errors import TruePoseError
 from truepose_core.parsing import HumanParsing
 from truepose_core.pose.limbs import _centres, _nearest, _on_body, body_coordinates, from_limbs, limb_frames
 from truepose_core.regions import Region
@@ -83,6 +84,21 @@ def region_prior(
     whole = torch.where(person.sum(1, keepdim=True) > 0, person / person.sum(1, keepdim=True).clamp(min=1e-6), nobody)
     carried = torch.where((certain > 0)[:, None], carried, torch.where(on_body, whole, nobody))
     return HumanParsing(carried / carried.sum(1, keepdim=True))
+
+
+def prior_for_poses(
+    parsing: HumanParsing, body: Tensor, target_body: Tensor, size: tuple[int, int] | None = None
+) -> HumanParsing:
+    """The sources' parsing carried along the skeleton from their keypoints body [S, 18, 3] to the target poses
+    [T, 18, 3]. size: (height, width) of the result, by default the parsing's own."""
+    count, batch = target_body.shape[0], parsing.batch
+    if count > 1 and batch > 1 and count != batch:
+        raise TruePoseError(
+            f"there are {count} target poses and {batch} source images; expected as many, or 1 of either"
+        )
+    total = max(count, batch)
+    masks = HumanParsing(parsing.masks.expand(total, -1, -1, -1))
+    return region_prior(masks, body.expand(total, -1, -1), target_body.expand(total, -1, -1), *(size or parsing.size))
 
 
 def region_colors(image: Tensor, parsing: HumanParsing) -> tuple[Tensor, Tensor]:

@@ -10,30 +10,33 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.parsing.human_parsing import N_REGIONS
-from truepose_core.regions import Region
+from truepose_core.pose.keypoints import (
+    ANKLES,
+    EARS,
+    ELBOWS,
+    EYES,
+    HIPS,
+    KNEES,
+    NECK,
+    NOSE,
+    SHOULDERS,
+    WRISTS,
+)
+from truepose_core.regions import N_REGIONS, Region
 
-NOSE, NECK = 0, 1
-SHOULDERS, ELBOWS, WRISTS = (2, 5), (3, 6), (4, 7)
-HIPS, KNEES, ANKLES = (8, 11), (9, 12), (10, 13)
-EYES, EARS = (14, 15), (16, 17)
 ARMS = tuple(zip(SHOULDERS, ELBOWS, WRISTS, strict=True))
 LEGS = tuple(zip(HIPS, KNEES, ANKLES, strict=True))
 
 # Distances between keypoints in torso lengths (neck to middle of the hips).
 _LENGTHS: tuple[tuple[int, int, float], ...] = (
-    (2, 5, 0.78),
-    (2, 3, 0.62),
-    (5, 6, 0.62),
-    (3, 4, 0.56),
-    (6, 7, 0.56),
-    (8, 9, 0.9),
-    (11, 12, 0.9),
-    (9, 10, 0.9),
-    (12, 13, 0.9),
-    (16, 17, 0.34),
-    (14, 15, 0.15),
-    (1, 0, 0.5),
+    (*SHOULDERS, 0.78),
+    *((shoulder, elbow, 0.62) for shoulder, elbow, _ in ARMS),
+    *((elbow, wrist, 0.56) for _, elbow, wrist in ARMS),
+    *((hip, knee, 0.9) for hip, knee, _ in LEGS),
+    *((knee, ankle, 0.9) for _, knee, ankle in LEGS),
+    (*EARS, 0.34),
+    (*EYES, 0.15),
+    (NECK, NOSE, 0.5),
 )
 _FAR = 3.0
 """Distances are not looked at beyond this many half widths."""

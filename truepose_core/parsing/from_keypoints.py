@@ -19,9 +19,9 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.parsing.figure import _distances, _Lengths, _shapes, _Skeleton, _skeleton
 from truepose_core.parsing.garments import _lab, _lengths, _like_skin, _skin
-from truepose_core.parsing.human_parsing import N_REGIONS, HumanParsing
+from truepose_core.parsing.human_parsing import HumanParsing
 from truepose_core.pose.keypoints import N_BODY
-from truepose_core.regions import Region
+from truepose_core.regions import N_REGIONS, Region
 
 WORK_SIDE = 400
 """The longest side, in pixels, of what is looked at, the person with some room; larger ones are made smaller first."""

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.regions import LABEL_TABLES, REGION_COLORS, REGION_NAMES, Region, to_region
+from truepose_core.regions import LABEL_TABLES, N_REGIONS, REGION_COLORS, REGION_NAMES, Region, to_region
 
-N_REGIONS = len(Region)
 MAX_MASK_PIXELS = 1 << 25
 """Of a label map that becomes masks at its own size, 28 bytes per pixel: 0.9 GB."""
 

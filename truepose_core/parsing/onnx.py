@@ -17,10 +17,10 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.networks.known import Progress, default_folder, find, get, locate
 from truepose_core.networks.onnx import OnnxSession, check_runtime, open_session
-from truepose_core.parsing.human_parsing import N_REGIONS, HumanParsing
+from truepose_core.parsing.human_parsing import HumanParsing
 from truepose_core.parsing.spec import BUILT_IN, ParserSpec, input_name, output_name, recognise
 from truepose_core.pictures.files import MAX_PIXELS, MAX_SIDE
-from truepose_core.regions import Region
+from truepose_core.regions import N_REGIONS, Region
 
 ATR_LIP = "atr+lip"
 """The name of SCHP's two parsers merged."""

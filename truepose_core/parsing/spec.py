@@ -12,7 +12,7 @@ from truepose_core.errors import TruePoseError
 from truepose_core.json_text import parse_json
 from truepose_core.networks.known import KNOWN
 from truepose_core.networks.onnx import OnnxSession, shape_text
-from truepose_core.regions import ATR_LABELS, LABEL_SETS, LIP_LABELS, REGION_NAMES, SEGFORMER_CLOTHES_LABELS, Region
+from truepose_core.regions import ATR_LABELS, LABEL_SETS, LIP_LABELS, REGION_NAMES, Region
 from truepose_core.regions import to_region as region_of
 
 MAX_INPUT = 4096
@@ -131,8 +131,8 @@ BUILT_IN: dict[str, ParserSpec] = {
     for spec in (
         _spec("schp-atr", ATR_LABELS, (512, 512), **_SCHP),
         _spec("schp-lip", LIP_LABELS, (473, 473), **_SCHP),
-        _spec("segformer-b2-clothes", SEGFORMER_CLOTHES_LABELS, (512, 512), **_SEGFORMER),
-        _spec("segformer-b3-clothes", SEGFORMER_CLOTHES_LABELS, (512, 512), **_SEGFORMER),
+        _spec("segformer-b2-clothes", ATR_LABELS, (512, 512), **_SEGFORMER),
+        _spec("segformer-b3-clothes", ATR_LABELS, (512, 512), **_SEGFORMER),
     )
 }
 

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from truepose_core.errors import TruePoseError
 from truepose_core.guidance.scales import combine_guidance, guidance_factors
 from truepose_core.models.cfld.encoder import (
-    CFLDConfig,
     cfld_frame,
     pose_maps,
     squash,
 )
 from truepose_core.models.cfld.model import CFLDModel, CFLDSource
 from truepose_core.parsing import HumanParsing
-from truepose_core.pipeline.sampling import denoise, start_noise, step_callback
+from truepose_core.pipeline.base import TransferPipeline, check_call
+from truepose_core.pipeline.sampling import start_noise
+from truepose_core.pipeline.schedulers import cfld_scheduler
 from truepose_core.source.person import SourcePerson
 
 
@@ -32,19 +32,17 @@ class CFLDOutput:
     source: CFLDSource
 
 
-class CFLDPipeline(DiffusionPipeline):
+class CFLDPipeline(TransferPipeline):
     """See `__call__`. `scheduler` is any diffusers scheduler, by default DDPM as in CFLD's own test run."""
 
     model_cpu_offload_seq = "target_net->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
     # It is not called as a module, so no hook would fetch it.
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["encoder"]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(self, target_net: nn.Module, encoder: nn.Module, scheduler: Any, vae: nn.Module | None = None):
         super().__init__()
         self.register_modules(target_net=target_net, encoder=encoder, scheduler=scheduler, vae=vae)
-        self.model: CFLDModel | None = None
 
     @classmethod
     def from_model(cls, model: CFLDModel, scheduler: Any | None = None) -> CFLDPipeline:
@@ -56,21 +54,6 @@ class CFLDPipeline(DiffusionPipeline):
         pipe = cls(model.target_net, model.encoder, scheduler, getattr(model.codec, "vae", None))
         pipe.model = model
         return pipe
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet's weights are."""
-        return self.target_net.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The UNet's type."""
-        return self.target_net.dtype
-
-    def to(self, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> CFLDPipeline:
-        """Move every network to a device or type, as `torch.nn.Module.to`."""
-        self.model.to(*args, **kwargs)
-        return self
 
     @torch.no_grad()
     def encode_source(
@@ -136,7 +119,6 @@ class CFLDPipeline(DiffusionPipeline):
         steps = config.steps if num_inference_steps is None else num_inference_steps
         w_pose = config.guidance_pose if guidance_pose is None else guidance_pose
         w_source = config.guidance_source if guidance_source is None else guidance_source
-        self._check_call(target_body, steps, w_pose, w_source, strength, beta, gamma)
         if not isinstance(source, CFLDSource):
             if strength > 0 and source_parsing is None:
                 raise TruePoseError("HPFA (strength above 0) needs the source's human parsing; none was given")
@@ -145,15 +127,13 @@ class CFLDPipeline(DiffusionPipeline):
             raise TruePoseError(
                 "this source was read without its parsing; read it again with one, or set strength to 0"
             )
+        batch, sources = target_body.shape[0], source.condition.tokens.shape[0]
+        numbers = {"guidance_pose": w_pose, "guidance_source": w_source, "beta": beta, "gamma": gamma}
+        check_call(target_body, sources, steps, strength, numbers)
         if (height is None) != (width is None):
             raise TruePoseError("give both height and width, or neither (the source image's size)")
         frame = cfld_frame(source.size if height is None else (height, width), config.size)
 
-        batch, sources = target_body.shape[0], source.condition.tokens.shape[0]
-        if batch % sources:
-            raise TruePoseError(
-                f"{batch} target poses cannot be shared among {sources} sources; expected the same number for each"
-            )
         body = frame.apply_keypoints(target_body.float()).to(device)
         if target_parsing is not None:
             target_parsing = frame.apply_parsing(target_parsing).to(device)
@@ -185,56 +165,5 @@ class CFLDPipeline(DiffusionPipeline):
             return combine_guidance(*predictions, w_pose, w_source)
 
         self.scheduler.set_timesteps(steps, device=device)
-        latents = denoise(
-            predict,
-            self.scheduler,
-            noise.to(device),
-            generators,
-            on_step=step_callback(self, callback_on_step_end),
-            progress=self.progress_bar,
-        )
-        images = model.codec.decode(latents.to(model.dtype)).float().cpu()
-        self.maybe_free_model_hooks()
-        if not torch.isfinite(images).all():
-            raise TruePoseError(
-                f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
-            )
+        images = self.sample(predict, noise, generators, callback_on_step_end)
         return CFLDOutput(frame.restore(images), source)
-
-    def _check_call(
-        self,
-        target_body: Tensor,
-        steps: int,
-        w_pose: float,
-        w_source: float,
-        strength: float,
-        beta: float,
-        gamma: float,
-    ) -> None:
-        if target_body.ndim != 3 or target_body.shape[1:] != (18, 3):
-            raise TruePoseError(f"target keypoints are {tuple(target_body.shape)}; expected [B, 18, 3]")
-        if not bool((target_body[..., 2] > 0).any(1).all()):
-            raise TruePoseError("a target pose has no keypoint at all; expected at least one person per pose")
-        if steps < 1:
-            raise TruePoseError(f"{steps} sampling steps; expected at least 1")
-        for name, value in (
-            ("guidance_pose", w_pose),
-            ("guidance_source", w_source),
-            ("beta", beta),
-            ("gamma", gamma),
-        ):
-            if not 0 <= value < float("inf"):
-                raise TruePoseError(f"{name} is {value}; expected a number of at least 0")
-        if not 0 <= strength <= 1:
-            raise TruePoseError(f"strength is {strength}; expected 0 to 1")
-
-
-def cfld_scheduler(config: CFLDConfig) -> DDPMScheduler:
-    """DDPM (Ho et al., arXiv 2006.11239) as CFLD's test run spaces its steps: leading, one step late."""
-    return DDPMScheduler(
-        **config.scheduler,
-        prediction_type=config.prediction_type,
-        timestep_spacing="leading",
-        steps_offset=1,
-        clip_sample=False,
-    )

@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from truepose_core.alignment.control3d import framed_body, target_bodies
@@ -24,26 +21,19 @@ from truepose_core.framing.frame import Frame, fit
 from truepose_core.guidance.field import (
     FieldGuidance,
     PoseEnergy,
-    clean_estimate,
-    field_step,
     load_energy,
-    moved_prediction,
-    signal_share,
 )
 from truepose_core.guidance.scales import combine_guidance, guidance_factors, rescale_guidance, weigh_region_tokens
-from truepose_core.models.config import SKELETON
 from truepose_core.models.model import TruePoseModel
 from truepose_core.models.processors import CrossAttention, SelfAttention, attention_sites
 from truepose_core.parsing import HumanParsing
-from truepose_core.pipeline.sampling import denoise, start_noise, step_callback
-from truepose_core.pose.skeleton import draw_skeleton
-from truepose_core.source.features import SourceFeatures, WholeSource, nearest_level
+from truepose_core.pipeline.base import TransferPipeline, check_call
+from truepose_core.pipeline.inputs import DENSEPOSE, encode_channels, picture_embedding, pose_pictures
+from truepose_core.pipeline.sampling import start_noise
+from truepose_core.pipeline.schedulers import default_scheduler
+from truepose_core.pipeline.steps import FieldSteps, Passes
+from truepose_core.source.features import SourceFeatures, WholeSource
 from truepose_core.source.person import SourcePerson
-
-DENSEPOSE = "densepose"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""The colours that CLIP's picture encoders were trained with (arXiv 2103.00020)."""
-
 
 ONCE, NOISE_LEVELS, EVERY_STEP = "once", "noise levels", "every step"
 READINGS = (ONCE, NOISE_LEVELS, EVERY_STEP)
@@ -58,7 +48,7 @@ class TransferOutput:
     features: SourceFeatures
 
 
-class TruePosePipeline(DiffusionPipeline):
+class TruePosePipeline(TransferPipeline):
     """See `__call__`. `model` is a `TruePoseModel`; `scheduler` any diffusers scheduler, by default the model's own
     kind with its schedule and prediction type. `image_encoder`: a transformers CLIPVisionModelWithProjection, for
     models whose cross-attention reads the source picture."""
@@ -67,7 +57,6 @@ class TruePosePipeline(DiffusionPipeline):
     _optional_components: ClassVar[list[str]] = ["caa", "source_net", "vae", "pose_encoder", "image_encoder"]
     # Its projections run inside the attention of both nets, where no hook would fetch them.
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["caa"]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
@@ -89,7 +78,6 @@ class TruePosePipeline(DiffusionPipeline):
             vae=vae,
             image_encoder=image_encoder,
         )
-        self.model: TruePoseModel | None = None
         self._energy: tuple[str | Path | None, PoseEnergy] | None = None
 
     @classmethod
@@ -111,22 +99,11 @@ class TruePosePipeline(DiffusionPipeline):
         pipe.model = model
         return pipe
 
-    @property
-    def device(self) -> torch.device:
-        """Where TargetNet's weights are. (Not every component is a diffusers model that could be asked.)"""
-        return self.target_net.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """TargetNet's type."""
-        return self.target_net.dtype
-
     def to(self, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> TruePosePipeline:
         """Move every network to a device or type, as `torch.nn.Module.to`."""
-        self.model.to(*args, **kwargs)
         if self.image_encoder is not None:
             self.image_encoder.to(*args, **kwargs)
-        return self
+        return super().to(*args, **kwargs)
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Compute attention for some heads at a time ("auto": half of them, "max": one by one)."""
@@ -231,27 +208,12 @@ class TruePosePipeline(DiffusionPipeline):
     def encode_image(self, image: Tensor) -> Tensor:
         """The CLIP embedding of pictures [S, 3, H, W] in [0, 1], as one token each: [S, 1, c]. The whole picture is
         stretched to the encoder's square, as AnimateAnyone does. Raises TruePoseError without an image encoder."""
-        encoder = self.image_encoder
-        if encoder is None:
+        if self.image_encoder is None:
             raise TruePoseError(
                 f"a {self.model.config.family} model reads a CLIP embedding of the source picture; give the folder of "
                 "its CLIPVisionModelWithProjection (--image-encoder FOLDER)"
             )
-        side = encoder.config.image_size
-        # On 8 bits with Pillow, so that the embedding is the original's to the last pixel.
-        bytes_ = (image * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        squares = [np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC)) for x in bytes_]
-        square = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
-        mean, std = (square.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
-        device = next(encoder.parameters()).device
-        embeds = encoder(((square - mean) / std).to(device, encoder.dtype)).image_embeds[:, None]
-        width = self.model.context_width
-        if embeds.shape[-1] != width:
-            raise TruePoseError(
-                f"the image encoder gives embeddings of width {embeds.shape[-1]} and the model reads {width}; "
-                "give the encoder that the model was trained with"
-            )
-        return embeds
+        return picture_embedding(self.image_encoder, image, self.model.context_width)
 
     @torch.no_grad()
     def __call__(
@@ -353,7 +315,10 @@ class TruePosePipeline(DiffusionPipeline):
                 "this model reads no bodies: it has no 3D guidance, and goes by the skeleton; leave target_pose and "
                 "source_pose out"
             )
-        self._check_call(features, target_body, num_inference_steps, guidance_pose, guidance_source, strength)
+        scales = {"guidance_pose": guidance_pose, "guidance_source": guidance_source}
+        sources = features.parsing.batch
+        check_call(target_body, sources, num_inference_steps, strength, scales, " (1 is no guidance)")
+        self._check_scheduler()
         if not 0 <= style <= 1:
             raise TruePoseError(f"style is {style}; expected 0 to 1")
         if style > 0 and model.config.fusion == "none":
@@ -366,7 +331,7 @@ class TruePosePipeline(DiffusionPipeline):
         body = frame.apply_keypoints(target_body.float()).to(device)
         if target_parsing is not None:
             target_parsing = frame.apply_parsing(target_parsing).to(device)
-        maps = self._pose_maps(pose_map, body, frame, device)
+        maps = pose_pictures(model, pose_map, body, frame, device)
         densepose = maps.pop(DENSEPOSE, None)
         pose = model.encode_pose(maps) if maps else None
         patch = model.codec.patch
@@ -376,7 +341,7 @@ class TruePosePipeline(DiffusionPipeline):
             frame.size_model[0] // patch,
             frame.size_model[1] // patch,
         )
-        channels, no_channels = self._channels(densepose, canvas, mask, frame, batch, device)
+        channels, no_channels = encode_channels(model, densepose, canvas, mask, frame, batch, device)
         noise, generators = start_noise(shape, seed, latents)
         if self.by_surface and target_pose is not None:
             # A copy, so that what is given holds for this call alone.
@@ -417,26 +382,18 @@ class TruePosePipeline(DiffusionPipeline):
             without = torch.zeros_like(with_context)
         factors = guidance_factors(guidance_pose, guidance_source)
         energy = self._pose_energy(field_guidance, device)
+        field = None
+        if energy is not None:
+            field = FieldSteps(energy, field_guidance, self.scheduler, model.config, body, frame.size_model)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         steps = self.scheduler.timesteps
-        middle, level, started = steps[len(steps) // 2], None, False
+        once_at = steps[len(steps) // 2] if source_once else None
+        guided = factors[0] != 0 or factors[1] != 0
+        passes = Passes(model, features, (alone, posed, full), self._sigma, context, pooled, once_at, guided)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal alone, posed, full, level, started
-            if full.source is not None and behaviour.keeps_latent and not (started and source_once):
-                read_at = middle if source_once else t
-                if factors[0] != 0 or factors[1] != 0:
-                    alone = posed = replace(full, source=model.source_at(features, read_at, nothing=True), kv={})
-                full = replace(full, source=model.source_at(features, read_at), kv={})
-            elif full.source is not None and features.latent is not None and not behaviour.keeps_latent:
-                read = model.read_noised(features, t, self._sigma(t), context, pooled)
-                full = replace(full, source=full.source.with_level(read), kv={})
-            elif full.source is not None and features.levels:
-                near = nearest_level(features.levels, self._sigma(t))
-                if near != level:
-                    level, full = near, replace(full, source=full.source.at(self._sigma(t)), kv={})
-            started = True
+            alone, posed, full = passes.at(t)
             calls = (
                 (alone, None, without, None, no_channels),
                 (posed, pose, without, None, channels),
@@ -450,30 +407,24 @@ class TruePosePipeline(DiffusionPipeline):
             prediction = combine_guidance(*predictions, guidance_pose, guidance_source)
             if guidance_rescale > 0 and predictions[2] is not None:
                 prediction = rescale_guidance(prediction, predictions[2], guidance_rescale)
-            if energy is not None and field_guidance.works_at(self._share(t)):
-                prediction = self._guide(prediction, x.float(), t, body, energy, field_guidance, frame)
-            return prediction
+            return prediction if field is None else field(prediction, x.float(), t)
 
-        latents = denoise(
-            predict,
-            self.scheduler,
-            noise.to(device),
-            generators,
-            on_step=step_callback(self, callback_on_step_end),
-            progress=self.progress_bar,
-        )
-        images = model.codec.decode(latents.to(model.dtype)).float().cpu()
-        self.maybe_free_model_hooks()
-        if not torch.isfinite(images).all():
-            raise TruePoseError(
-                f"the model produced NaN in {model.dtype}; try float32 or bfloat16, or check the weights"
-            )
+        images = self.sample(predict, noise, generators, callback_on_step_end)
         restored = frame.restore(images)
         if features.whole is not None and strength > 0 and not frame.is_identity:
             restored = self._at_full_size(
                 restored, features, frame, target_body.float().cpu(), body, region_weights, strength, target_pose
             )
         return TransferOutput(restored, features)
+
+    def _check_scheduler(self) -> None:
+        theirs, ours = self.scheduler.config.get("prediction_type"), self.model.config.prediction_type
+        if theirs not in (None, ours):
+            name = type(self.scheduler).__name__
+            raise TruePoseError(
+                f"the scheduler {name} expects the prediction {theirs!r} and the model predicts {ours!r}; "
+                f"make it with {name}.from_config(pipe.scheduler.config)"
+            )
 
     def _at_full_size(
         self,
@@ -502,35 +453,6 @@ class TruePosePipeline(DiffusionPipeline):
             self._energy = options.predictor, load_energy(options.predictor, self.model.config.codec == "pixels")
         return self._energy[1].to(device)
 
-    def _share(self, t: Tensor) -> float:
-        """How much of the sampling is done at a timestep, 0..1, as the hosts count it."""
-        return 1 - float(t) / (self.scheduler.config.num_train_timesteps - 1)
-
-    def _guide(
-        self,
-        prediction: Tensor,
-        x: Tensor,
-        t: Tensor,
-        body: Tensor,
-        energy: PoseEnergy,
-        options: FieldGuidance,
-        frame: Frame,
-    ) -> Tensor:
-        """The prediction with its estimate of the clean latent moved by the field. x: the network's input."""
-        config = self.model.config
-        height, width = frame.size_model
-        kind = config.prediction_type
-        alpha = signal_share(self.scheduler.alphas_cumprod, t)
-        step = field_step(
-            energy,
-            clean_estimate(prediction, x, alpha, kind),
-            options,
-            aspect=width / height,
-            patch=config.patch if config.codec == "pixels" else None,
-            target=body,
-        )
-        return moved_prediction(prediction, step, alpha, kind)
-
     def _target_pose(
         self,
         features: SourceFeatures,
@@ -545,114 +467,3 @@ class TruePosePipeline(DiffusionPipeline):
         height, width = frame.size_model
         given = None if target is None else framed_body(target, frame).to(keypoints.device)
         return target_bodies(keypoints, width / height, features.body, given=given, source=source)
-
-    def _pose_maps(
-        self, given: Tensor | Mapping[str, Tensor | None] | None, body: Tensor, frame: Frame, device: torch.device
-    ) -> dict[str, Tensor]:
-        """The pose pictures that the model reads, in its canvas; the skeleton is drawn where it is not given."""
-        behaviour = self.model.config.behaviour
-        names = behaviour.pose_maps + ((DENSEPOSE,) if DENSEPOSE in behaviour.channels else ())
-        if self.model.controlnet is not None:
-            names = (SKELETON,)
-        maps = {SKELETON: given} if isinstance(given, Tensor) else dict(given or {})
-        missing = [name for name in names if name not in maps and name != SKELETON]
-        unknown = [name for name in maps if name not in names]
-        if missing or unknown:
-            wrong = f"{', '.join(missing)} missing" if missing else f"{', '.join(unknown)} unknown"
-            raise TruePoseError(
-                f"this model reads the pose maps {', '.join(names) or 'none'}: {wrong}. "
-                "Give pictures by name; None leaves one out"
-            )
-        if SKELETON in names and SKELETON not in maps:
-            maps[SKELETON] = draw_skeleton(body, *frame.size_model)
-        elif maps.get(SKELETON) is not None:
-            maps[SKELETON] = frame.apply(maps[SKELETON].float(), 0.0)
-        for name in set(maps) - {SKELETON}:
-            maps[name] = None if maps[name] is None else frame.apply(maps[name].float(), 0.0)
-        found = {name: maps[name].to(device) for name in names if maps[name] is not None}
-        if names and not found:
-            raise TruePoseError(f"every pose map is left out; expected at least one of {', '.join(names)}")
-        return found
-
-    def _channels(
-        self,
-        densepose: Tensor | None,
-        canvas: Tensor | None,
-        mask: Tensor | None,
-        frame: Frame,
-        batch: int,
-        device: torch.device,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What conv_in reads beside the noisy latent, with the pose and without it, for the batch; None for nothing."""
-        if (canvas is None) != (mask is None):
-            raise TruePoseError("canvas and mask belong together: give both, or neither to make the whole picture")
-        if not self.model.config.behaviour.channels:
-            if canvas is not None:
-                raise TruePoseError("this model makes whole pictures; leave out canvas and mask")
-            return None, None
-        if canvas is None:
-            canvas = torch.full((1, 3, *frame.size_model), 0.5, device=device)
-            mask = torch.ones((1, 1, *frame.size_model), device=device)
-        else:
-            canvas = frame.apply(canvas.float(), canvas.mean((0, 2, 3)).tolist()).to(device)
-            mask = frame.apply(mask.float(), 0.0).to(device)
-        given = [x for x in (canvas, mask, densepose) if x is not None]
-        count = max(x.shape[0] for x in given)
-        if batch % count or any(x.shape[0] not in (1, count) for x in given):
-            counts = ", ".join(str(x.shape[0]) for x in given)
-            raise TruePoseError(
-                f"canvas, mask and DensePose are {counts} pictures for {batch} poses; expected 1 or {batch}"
-            )
-        canvas, mask = canvas.expand(count, -1, -1, -1), mask.expand(count, -1, -1, -1)
-        densepose = None if densepose is None else densepose.expand(count, -1, -1, -1)
-        made = [self.model.encode_channels(x, canvas, mask) for x in (densepose, None)]
-        return tuple(x.repeat_interleave(batch // count, 0) for x in made)
-
-    def _check_call(
-        self,
-        features: SourceFeatures,
-        target_body: Tensor,
-        steps: int,
-        guidance_pose: float,
-        guidance_source: float,
-        strength: float,
-    ) -> None:
-        if target_body.ndim != 3 or target_body.shape[1:] != (18, 3):
-            raise TruePoseError(f"target keypoints are {tuple(target_body.shape)}; expected [B, 18, 3]")
-        if not bool((target_body[..., 2] > 0).any(1).all()):
-            raise TruePoseError("a target pose has no keypoint at all; expected at least one person per pose")
-        sources = features.parsing.batch
-        if target_body.shape[0] % sources:
-            raise TruePoseError(
-                f"{target_body.shape[0]} target poses cannot be shared among {sources} sources; "
-                "expected the same number for each"
-            )
-        if steps < 1:
-            raise TruePoseError(f"{steps} sampling steps; expected at least 1")
-        theirs, ours = self.scheduler.config.get("prediction_type"), self.model.config.prediction_type
-        if theirs not in (None, ours):
-            name = type(self.scheduler).__name__
-            raise TruePoseError(
-                f"the scheduler {name} expects the prediction {theirs!r} and the model predicts {ours!r}; "
-                f"make it with {name}.from_config(pipe.scheduler.config)"
-            )
-        for name, value in (("guidance_pose", guidance_pose), ("guidance_source", guidance_source)):
-            if not 0 <= value < float("inf"):
-                raise TruePoseError(f"{name} is {value}; expected a number of at least 0 (1 is no guidance)")
-        if not 0 <= strength <= 1:
-            raise TruePoseError(f"strength is {strength}; expected 0 to 1")
-
-
-def default_scheduler(model: TruePoseModel) -> DDIMScheduler | DDPMScheduler:
-    """The model's kind of sampler with its schedule: DDIM (Song et al., arXiv 2010.02502), or DDPM (arXiv 2006.11239).
-    Where the model does not say otherwise, steps are spaced from the last one down."""
-    config = model.config
-    settings = {
-        "prediction_type": config.prediction_type,
-        "timestep_spacing": "trailing",
-        "clip_sample": config.codec == "pixels",
-        **config.scheduler,
-    }
-    if config.behaviour.sampler == "ddpm":
-        return DDPMScheduler(**settings)
-    return DDIMScheduler(**{"set_alpha_to_one": True, **settings})

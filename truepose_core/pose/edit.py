@@ -12,7 +12,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from truepose_core.errors import TruePoseError
-from truepose_core.pose.keypoints import BODY_KEYPOINTS, HAND_EDGES, N_FACE, Person, Pose
+from truepose_core.pose.keypoints import (
+    ANKLES,
+    BODY_KEYPOINTS,
+    FACE_POINTS,
+    HAND_EDGES,
+    HIPS,
+    L_WRIST,
+    N_FACE,
+    NECK,
+    NOSE,
+    R_WRIST,
+    SHOULDERS,
+    Person,
+    Pose,
+)
 
 PARENTS: tuple[int, ...] = (1, -1, 1, 2, 3, 1, 5, 6, 1, 8, 9, 1, 11, 12, 0, 0, 14, 15)
 """The parent of each body keypoint; the neck has none."""
@@ -22,8 +36,6 @@ FOLLOW = ("turn along", "move along", "stay")
 
 ABOUT = ("feet", "hips", "centre")
 
-_NOSE, _NECK, _R_WRIST, _L_WRIST = 0, 1, 4, 7
-_ANKLES, _HIPS, _SHOULDERS, _HEAD = (10, 13), (8, 11), (2, 5), (0, 14, 15, 16, 17)
 BODY_MIRROR = tuple(
     BODY_KEYPOINTS.index({"r": "l", "l": "r"}[name[0]] + name[1:] if name[1] == "_" else name)
     for name in BODY_KEYPOINTS
@@ -97,7 +109,7 @@ def anchor_point(person: Person, about: str) -> np.ndarray:
     low, high = bounds(person)
     if about == "centre":
         return (low + high) / 2
-    joints = person.body[list(_ANKLES if about == "feet" else _HIPS)].astype(np.float64)
+    joints = person.body[list(ANKLES if about == "feet" else HIPS)].astype(np.float64)
     joints = joints[joints[:, 2] > 0, :2]
     if not len(joints):
         names = "the ankles are" if about == "feet" else "the hips are"
@@ -181,7 +193,7 @@ def edit_joint(
             return np.concatenate([xy, points[:, 2:]], 1) * (points[:, 2:] > 0)
 
         body[moved] = along(body[moved])
-        for name, carrier in (("hand_left", _L_WRIST), ("hand_right", _R_WRIST), ("face", _NOSE)):
+        for name, carrier in (("hand_left", L_WRIST), ("hand_right", R_WRIST), ("face", NOSE)):
             if parts[name] is not None and carrier in (*moved, number):
                 parts[name] = along(parts[name].astype(np.float64))
     body[number] = (*new, body[number, 2] if seen else 1.0)
@@ -222,9 +234,9 @@ def interpolate_persons(first: Person, second: Person, t: float, *, aspect: floa
 
     return Person(
         np.concatenate([body / stretch, nearer.body[:, 2:]], 1) * (nearer.body[:, 2:] > 0),
-        part("hand_left", _L_WRIST, lambda x, y: _hand_between(x, y, t)),
-        part("hand_right", _R_WRIST, lambda x, y: _hand_between(x, y, t)),
-        part("face", _NOSE, lambda x, y: _turned_between(x, y, turn, t)),
+        part("hand_left", L_WRIST, lambda x, y: _hand_between(x, y, t)),
+        part("hand_right", R_WRIST, lambda x, y: _hand_between(x, y, t)),
+        part("face", NOSE, lambda x, y: _turned_between(x, y, turn, t)),
     )
 
 
@@ -289,7 +301,7 @@ def _descendants(joint: int) -> list[int]:
 
 
 # Parents before children. The trunk's joints hang on the neck; arms and legs on each other.
-_TRUNK = (2, 5, 8, 11, *_HEAD)
+_TRUNK = (2, 5, 8, 11, *FACE_POINTS)
 _LIMBS = (3, 4, 6, 7, 9, 10, 12, 13)
 
 
@@ -298,18 +310,18 @@ def _body_between(
 ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, float]:
     """((the two bodies with all joints placed, [18, 2] each), the body between them, the turn of the trunk)."""
     a, b = _completed(first, second, stretch)
-    trunks = [body[list(_HIPS)].mean(0) - body[_NECK] for body in (a, b)]
+    trunks = [body[list(HIPS)].mean(0) - body[NECK] for body in (a, b)]
     angles = [math.atan2(y, x) if math.hypot(x, y) > 1e-6 else math.pi / 2 for x, y in trunks]
     turn = float(_shortest(np.array(angles[1] - angles[0])))
     body = (1 - t) * a + t * b
     trunk = list(_TRUNK)
-    body[trunk] = body[_NECK] + _turned_between(a[trunk] - a[_NECK], b[trunk] - b[_NECK], turn, t)
+    body[trunk] = body[NECK] + _turned_between(a[trunk] - a[NECK], b[trunk] - b[NECK], turn, t)
     for joint in _LIMBS:
         parent = PARENTS[joint]
         body[joint] = body[parent] + _swung(a[joint] - a[parent], b[joint] - b[parent], t)
     # Feet that stand still shall not slide: what the bodies stand on goes straight.
     seen = (first.body[:, 2] > 0) & (second.body[:, 2] > 0)
-    for stand in (_ANKLES, _HIPS):
+    for stand in (ANKLES, HIPS):
         if seen[list(stand)].all():
             straight = ((1 - t) * a + t * b)[list(stand)].mean(0)
             body += straight - body[list(stand)].mean(0)
@@ -324,9 +336,9 @@ def _completed(first: Person, second: Person, stretch: np.ndarray) -> tuple[np.n
     for xy, known, other in zip(bodies, seen, ("first", "second"), strict=True):
         if not known.any():
             raise TruePoseError(f"the {other} pose has no visible body keypoint")
-        if not known[_NECK]:
-            near = [joint for joint in _SHOULDERS if known[joint]] or known.nonzero()[0]
-            xy[_NECK] = xy[near].mean(0)
+        if not known[NECK]:
+            near = [joint for joint in SHOULDERS if known[joint]] or known.nonzero()[0]
+            xy[NECK] = xy[near].mean(0)
     for joint in (*_TRUNK, *_LIMBS):
         parent = PARENTS[joint]
         for i in (0, 1):

@@ -42,6 +42,16 @@ BODY_KEYPOINTS: tuple[str, ...] = (
     "l_ear",
 )
 
+# The body's keypoints by number, the only place where they stand; pairs are (right, left).
+NOSE, NECK = 0, 1
+R_SHOULDER, R_ELBOW, R_WRIST, L_SHOULDER, L_ELBOW, L_WRIST = 2, 3, 4, 5, 6, 7
+R_HIP, R_KNEE, R_ANKLE, L_HIP, L_KNEE, L_ANKLE = 8, 9, 10, 11, 12, 13
+R_EYE, L_EYE, R_EAR, L_EAR = 14, 15, 16, 17
+SHOULDERS, ELBOWS, WRISTS = (R_SHOULDER, L_SHOULDER), (R_ELBOW, L_ELBOW), (R_WRIST, L_WRIST)
+HIPS, KNEES, ANKLES = (R_HIP, L_HIP), (R_KNEE, L_KNEE), (R_ANKLE, L_ANKLE)
+EYES, EARS = (R_EYE, L_EYE), (R_EAR, L_EAR)
+FACE_POINTS = (NOSE, *EYES, *EARS)
+
 # The limbs in drawing order, as indices into BODY_KEYPOINTS.
 LIMBS: tuple[tuple[int, int], ...] = (
     (1, 2),

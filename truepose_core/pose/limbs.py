@@ -16,10 +16,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-NOSE, NECK = 0, 1
-R_SHOULDER, R_ELBOW, R_WRIST, L_SHOULDER, L_ELBOW, L_WRIST = 2, 3, 4, 5, 6, 7
-R_HIP, R_KNEE, R_ANKLE, L_HIP, L_KNEE, L_ANKLE = 8, 9, 10, 11, 12, 13
-FACE_POINTS = (0, 14, 15, 16, 17)
+from truepose_core.pose.keypoints import (
+    FACE_POINTS,
+    L_ANKLE,
+    L_ELBOW,
+    L_HIP,
+    L_KNEE,
+    L_SHOULDER,
+    L_WRIST,
+    NECK,
+    R_ANKLE,
+    R_ELBOW,
+    R_HIP,
+    R_KNEE,
+    R_SHOULDER,
+    R_WRIST,
+)
+
 MID_HIP, HEAD = 18, 19
 """Two joints of our own behind the 18: between the hips, and the middle of the head."""
 

@@ -23,65 +23,87 @@ import torch
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
-from truepose_core.pose.keypoints import Person, Pose, body_tensor
+from truepose_core.pose import keypoints
+from truepose_core.pose.keypoints import (
+    EARS,
+    EYES,
+    FACE_POINTS,
+    L_ANKLE,
+    L_ELBOW,
+    L_HIP,
+    L_KNEE,
+    L_SHOULDER,
+    L_WRIST,
+    NECK,
+    NOSE,
+    R_ANKLE,
+    R_ELBOW,
+    R_HIP,
+    R_KNEE,
+    R_SHOULDER,
+    R_WRIST,
+    Person,
+    Pose,
+    body_tensor,
+)
 
 ANCHORS = ("feet", "hips")
-PARTS = {"head": (0, 14, 15, 16, 17), "hips": (8, 11), "knees": (9, 12), "feet": (10, 13)}
+PARTS = {"head": keypoints.FACE_POINTS, "hips": keypoints.HIPS, "knees": keypoints.KNEES, "feet": keypoints.ANKLES}
 """What a picture may leave out of a person -> its joints."""
 SIZES = ("target", "source")
 
 LENGTHS = ("shoulders", "hips", "torso", "upper arm", "forearm", "thigh", "shin", "neck", "head")
 SHOULDERS, HIPS, TORSO, UPPER_ARM, FOREARM, THIGH, SHIN, NECK_LENGTH, HEAD_SIZE = range(9)
 
-_NOSE, _NECK, _R_SHOULDER, _R_WRIST, _L_SHOULDER, _L_WRIST = 0, 1, 2, 4, 5, 7
-_R_HIP, _R_ANKLE, _L_HIP, _L_ANKLE = 8, 10, 11, 13
-_FACE = (0, 14, 15, 16, 17)
 # Two joints of our own behind the 18: between the hips, and the nose or, where it is hidden, what is seen of the head.
 _MID_HIP, _HEAD = 18, 19
 
 # The tree that is rebuilt: (joint, its parent, the length that scales the way from the parent), parents first.
 _BONES = (
-    (_R_SHOULDER, _NECK, SHOULDERS),
-    (_L_SHOULDER, _NECK, SHOULDERS),
-    (3, _R_SHOULDER, UPPER_ARM),
-    (6, _L_SHOULDER, UPPER_ARM),
-    (_R_WRIST, 3, FOREARM),
-    (_L_WRIST, 6, FOREARM),
-    (_MID_HIP, _NECK, TORSO),
-    (_R_HIP, _MID_HIP, HIPS),
-    (_L_HIP, _MID_HIP, HIPS),
-    (9, _R_HIP, THIGH),
-    (12, _L_HIP, THIGH),
-    (_R_ANKLE, 9, SHIN),
-    (_L_ANKLE, 12, SHIN),
-    (_HEAD, _NECK, NECK_LENGTH),
-    *((joint, _HEAD, HEAD_SIZE) for joint in _FACE),
+    (R_SHOULDER, NECK, SHOULDERS),
+    (L_SHOULDER, NECK, SHOULDERS),
+    (R_ELBOW, R_SHOULDER, UPPER_ARM),
+    (L_ELBOW, L_SHOULDER, UPPER_ARM),
+    (R_WRIST, R_ELBOW, FOREARM),
+    (L_WRIST, L_ELBOW, FOREARM),
+    (_MID_HIP, NECK, TORSO),
+    (R_HIP, _MID_HIP, HIPS),
+    (L_HIP, _MID_HIP, HIPS),
+    (R_KNEE, R_HIP, THIGH),
+    (L_KNEE, L_HIP, THIGH),
+    (R_ANKLE, R_KNEE, SHIN),
+    (L_ANKLE, L_KNEE, SHIN),
+    (_HEAD, NECK, NECK_LENGTH),
+    *((joint, _HEAD, HEAD_SIZE) for joint in FACE_POINTS),
 )
 # A joint in the middle of a limb whose two ends are seen.
-_MIDDLES = ((3, 2, 4), (6, 5, 7), (9, 8, 10), (12, 11, 13), (_NECK, _R_SHOULDER, _L_SHOULDER))
+_MIDDLES = (
+    (R_ELBOW, R_SHOULDER, R_WRIST),
+    (L_ELBOW, L_SHOULDER, L_WRIST),
+    (R_KNEE, R_HIP, R_ANKLE),
+    (L_KNEE, L_HIP, L_ANKLE),
+    (NECK, R_SHOULDER, L_SHOULDER),
+)
 
 # What is measured: (joint, joint, length, mean in statures, mean of -log(seen / full), relative noise).
 _MEASURES = (
-    (_R_SHOULDER, _L_SHOULDER, SHOULDERS, 0.195, 0.20, 0.04),
-    (_R_HIP, _L_HIP, HIPS, 0.100, 0.25, 0.05),
-    (_NECK, _MID_HIP, TORSO, 0.290, 0.04, 0.025),
-    (_R_SHOULDER, 3, UPPER_ARM, 0.160, 0.12, 0.025),
-    (_L_SHOULDER, 6, UPPER_ARM, 0.160, 0.12, 0.025),
-    (3, _R_WRIST, FOREARM, 0.143, 0.15, 0.03),
-    (6, _L_WRIST, FOREARM, 0.143, 0.15, 0.03),
-    (_R_HIP, 9, THIGH, 0.238, 0.10, 0.02),
-    (_L_HIP, 12, THIGH, 0.238, 0.10, 0.02),
-    (9, _R_ANKLE, SHIN, 0.238, 0.06, 0.02),
-    (12, _L_ANKLE, SHIN, 0.238, 0.06, 0.02),
-    (_NECK, _NOSE, NECK_LENGTH, 0.145, 0.20, 0.05),
-    (16, 17, HEAD_SIZE, 0.100, 0.25, 0.12),
-    (14, 15, HEAD_SIZE, 0.040, 0.25, 0.12),
-    (_NOSE, 14, HEAD_SIZE, 0.032, 0.25, 0.12),
-    (_NOSE, 15, HEAD_SIZE, 0.032, 0.25, 0.12),
-    (_NOSE, 16, HEAD_SIZE, 0.088, 0.25, 0.12),
-    (_NOSE, 17, HEAD_SIZE, 0.088, 0.25, 0.12),
-    (14, 16, HEAD_SIZE, 0.067, 0.25, 0.12),
-    (15, 17, HEAD_SIZE, 0.067, 0.25, 0.12),
+    (R_SHOULDER, L_SHOULDER, SHOULDERS, 0.195, 0.20, 0.04),
+    (R_HIP, L_HIP, HIPS, 0.100, 0.25, 0.05),
+    (NECK, _MID_HIP, TORSO, 0.290, 0.04, 0.025),
+    (R_SHOULDER, R_ELBOW, UPPER_ARM, 0.160, 0.12, 0.025),
+    (L_SHOULDER, L_ELBOW, UPPER_ARM, 0.160, 0.12, 0.025),
+    (R_ELBOW, R_WRIST, FOREARM, 0.143, 0.15, 0.03),
+    (L_ELBOW, L_WRIST, FOREARM, 0.143, 0.15, 0.03),
+    (R_HIP, R_KNEE, THIGH, 0.238, 0.10, 0.02),
+    (L_HIP, L_KNEE, THIGH, 0.238, 0.10, 0.02),
+    (R_KNEE, R_ANKLE, SHIN, 0.238, 0.06, 0.02),
+    (L_KNEE, L_ANKLE, SHIN, 0.238, 0.06, 0.02),
+    (NECK, NOSE, NECK_LENGTH, 0.145, 0.20, 0.05),
+    (*EARS, HEAD_SIZE, 0.100, 0.25, 0.12),
+    (*EYES, HEAD_SIZE, 0.040, 0.25, 0.12),
+    *((NOSE, eye, HEAD_SIZE, 0.032, 0.25, 0.12) for eye in EYES),
+    *((NOSE, ear, HEAD_SIZE, 0.088, 0.25, 0.12) for ear in EARS),
+    *((eye, ear, HEAD_SIZE, 0.067, 0.25, 0.12) for eye, ear in zip(EYES, EARS, strict=True)),
 )
 _MEAN = tuple(next(m[3] for m in _MEASURES if m[2] == length) for length in range(len(LENGTHS)))
 # How people differ in shape: (the lengths that are longer together, relative spread, whether a few differ far more). Of
@@ -249,15 +271,15 @@ def rescaled(person: Person, ratios: Tensor, *, aspect: float, anchor: str) -> P
         """points [N, 3] that are fixed to the first of these joints that is seen."""
         if points is None:
             return None
-        at = next((joint for joint in joints if joint >= 18 or known[joint]), _NECK)
+        at = next((joint for joint in joints if joint >= 18 or known[joint]), NECK)
         xy = (points[:, :2] * stretch - before[at]) * ratio + after[at]
         return np.concatenate([xy / stretch, points[:, 2:]], 1) * (points[:, 2:] > 0)
 
     hand, head = float(ratios[FOREARM]), float(ratios[HEAD_SIZE])
     return Person(
         np.concatenate([after[:18] / stretch, person.body[:, 2:]], 1) * (person.body[:, 2:] > 0),
-        carried(person.hand_left, (_L_WRIST, 6, _L_SHOULDER), hand),
-        carried(person.hand_right, (_R_WRIST, 3, _R_SHOULDER), hand),
+        carried(person.hand_left, (L_WRIST, 6, L_SHOULDER), hand),
+        carried(person.hand_right, (R_WRIST, 3, R_SHOULDER), hand),
         carried(person.face, (_HEAD,), head),
     )
 
@@ -322,7 +344,7 @@ def retarget_as_shown(
     both = (person.body[:, 2] > 0) & (own.body[:, 2] > 0)
     if not both.any():
         raise TruePoseError("the target pose and the source's have no joint in common; they cannot be laid on another")
-    joints = [_NECK] if both[_NECK] else both
+    joints = [NECK] if both[NECK] else both
     by = own.body[joints, :2].mean(0) - person.body[joints, :2].mean(0)
 
     def moved(points: np.ndarray | None) -> np.ndarray | None:
@@ -386,15 +408,15 @@ def _joints(body: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
     """(xy [B, 20, 2] in image heights, seen [B, 20] bool): the 18 and our two."""
     xy = body[..., :2] * body.new_tensor([aspect, 1.0])
     seen = body[..., 2] > 0
-    hips = [_R_HIP, _L_HIP]
+    hips = [R_HIP, L_HIP]
 
     def mean(joints: Sequence[int]) -> Tensor:
         weight = seen[:, joints].to(xy)[..., None]
         return (xy[:, joints] * weight).sum(1) / weight.sum(1).clamp(min=1)
 
-    head = torch.where(seen[:, _NOSE, None], xy[:, _NOSE], mean(list(_FACE)))
+    head = torch.where(seen[:, NOSE, None], xy[:, NOSE], mean(list(FACE_POINTS)))
     xy = torch.cat([xy, mean(hips)[:, None], head[:, None]], 1)
-    seen = torch.cat([seen, seen[:, hips].any(1, True), seen[:, list(_FACE)].any(1, True)], 1)
+    seen = torch.cat([seen, seen[:, hips].any(1, True), seen[:, list(FACE_POINTS)].any(1, True)], 1)
     return xy, seen
 
 
@@ -432,7 +454,7 @@ def _rebuilt(body: Tensor, ratios: Tensor, aspect: float, anchor: str) -> tuple[
 def _anchor_weights(xy: Tensor, seen: Tensor, anchor: str) -> Tensor:
     """Weights [B, 20] of the joints whose mean stays in place."""
     weight = torch.zeros_like(xy[..., 0])
-    weight[:, _NECK] = 1
+    weight[:, NECK] = 1
 
     def use(joints: list[int], share: Tensor) -> None:
         there = seen[:, joints].any(1, keepdim=True)
@@ -442,7 +464,7 @@ def _anchor_weights(xy: Tensor, seen: Tensor, anchor: str) -> Tensor:
 
     use([_MID_HIP], torch.ones_like(weight[:, :1]))
     if anchor == "feet":
-        ankles = [_R_ANKLE, _L_ANKLE]
+        ankles = [R_ANKLE, L_ANKLE]
         # Soft, so that the anchor does not jump from foot to foot as someone walks.
         level = 0.02 * (xy.amax(1) - xy.amin(1)).norm(dim=-1, keepdim=True).clamp(min=_SHORTEST)
         height = (xy[:, ankles, 1] / level).masked_fill(~seen[:, ankles], -torch.inf)

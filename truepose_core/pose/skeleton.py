@@ -17,7 +17,8 @@ from torch import Tensor
 from truepose_core.errors import TruePoseError
 from truepose_core.pose.keypoints import HAND_EDGES, LIMBS, Person, Pose
 
-# One colour per body keypoint; limb i of `LIMBS` is drawn in colour i at `LIMB_BRIGHTNESS`.
+# One colour per body keypoint; limb i of `LIMBS` is drawn in colour i at `LIMB_BRIGHTNESS`. ControlNets and our own
+# pose encoders were trained on these.
 BODY_COLORS: tuple[tuple[int, int, int], ...] = (
     (255, 0, 0),
     (255, 85, 0),

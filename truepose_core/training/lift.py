@@ -21,10 +21,11 @@ from truepose_core.mannequin.body import (
 )
 from truepose_core.mannequin.identity import sample_identities
 from truepose_core.mannequin.world import split_seed
+from truepose_core.pose.keypoints import FACE_POINTS
 from truepose_core.training.small import SmallConfig, SmallTrainer
 
 ASPECT = 0.75
-_FACE = [0, 14, 15, 16, 17]
+_FACE = list(FACE_POINTS)
 
 
 @dataclass(frozen=True)

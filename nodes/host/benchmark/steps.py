@@ -111,7 +111,8 @@ def person(shape: Shape) -> HumanParsing:
 
 
 class _Steps(comfy.samplers.Sampler):
-    """Runs `work(step)` where a sampler would run, with the model loaded; step() is one guided call."""
+    """Runs `work(step)` where a sampler would run, with the model loaded; step() is one guided call. The first of a run
+    projects the source's keys and values, so what is counted and timed has that in it."""
 
     def __init__(self, work: Callable[[Callable[[], Tensor]], None]) -> None:
         self.work = work

@@ -31,8 +31,8 @@ from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import fit
 from truepose_core.mannequin.body import axis_angle_to_matrix
 from truepose_core.mannequin.twins import hide_faces, mirror_body
+from truepose_core.models.beside import middle_site
 from truepose_core.models.config import TruePoseConfig, mannequin_config
-from truepose_core.models.model import middle_site
 from truepose_core.models.store import load_model, save_model
 from truepose_core.parsing import HumanParsing
 from truepose_core.pipeline import TruePosePipeline

@@ -22,8 +22,8 @@ from truepose_core.evaluation.depth_order import (
     picture_order,
     twin_pairs,
 )
-from truepose_core.mannequin.twins import FACE_POINTS
 from truepose_core.models.store import save_model
+from truepose_core.pose.keypoints import FACE_POINTS
 
 SIZE = (64, 48)
 

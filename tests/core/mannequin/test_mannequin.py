@@ -28,7 +28,8 @@ from truepose_core.mannequin import (
 )
 from truepose_core.mannequin.body import PARENTS, chain_rotations, openpose_points, project
 from truepose_core.mannequin.identity import luminance
-from truepose_core.mannequin.render import make_scene, paint_surface, tile_grid, trace
+from truepose_core.mannequin.render import paint_surface, trace
+from truepose_core.mannequin.scene import make_scene, tile_grid
 from truepose_core.mannequin.shifted import shift_people
 from truepose_core.mannequin.solids import body_parts
 from truepose_core.regions import Region

@@ -17,7 +17,8 @@ from truepose_core.mannequin import (
     sample_poses,
 )
 from truepose_core.mannequin.body import forward_kinematics, rest_joints
-from truepose_core.mannequin.twins import ARMS, FACE_POINTS, hide_faces, twin_poses
+from truepose_core.mannequin.twins import ARMS, hide_faces, twin_poses
+from truepose_core.pose.keypoints import FACE_POINTS
 from truepose_core.training.data import MannequinPool
 from truepose_core.training.train import shared_by_twins
 

@@ -13,13 +13,11 @@ from torch.nn.functional import one_hot
 from truepose_core.mannequin import sample_pairs
 from truepose_core.parsing import HumanParsing
 from truepose_core.parsing.carry import carry, region_colors, region_prior, warp
-from truepose_core.pose.keypoints import BODY_KEYPOINTS
-from truepose_core.pose.limbs import (
-    HEAD_LIMB,
+from truepose_core.pose.keypoints import (
+    BODY_KEYPOINTS,
     L_ELBOW,
     L_SHOULDER,
     L_WRIST,
-    LIMB_ENDS,
     NECK,
     NOSE,
     R_ANKLE,
@@ -28,6 +26,10 @@ from truepose_core.pose.limbs import (
     R_KNEE,
     R_SHOULDER,
     R_WRIST,
+)
+from truepose_core.pose.limbs import (
+    HEAD_LIMB,
+    LIMB_ENDS,
     TORSO_LIMB,
     LimbFrames,
     body_coordinates,

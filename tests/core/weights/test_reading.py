@@ -14,7 +14,7 @@ from foreign import animate_anyone
 from safetensors.torch import save_file
 
 from truepose_core.errors import TruePoseError
-from truepose_core.importing.kinds import describe
+from truepose_core.importing.plan import describe
 from truepose_core.weights.reading import CheckpointReader, TensorInfo, refuse_quantised
 
 WEIGHTS = {

@@ -24,7 +24,7 @@ def test_the_source_is_read_with_one_row_of_the_two(result):
     assert counted["reading the source, once"] == pytest.approx(0.5, abs=1e-6)
     for tokens in ("all tokens", "person"):
         both = counted[tokens] + counted["reading the source, once"]
-        # Its keys and values are projected at every step either way.
+        # What is measured is the first step of a run, which projects its keys and values either way.
         assert counted[f"{tokens}, source read at every step"] == pytest.approx(both)
 
 

@@ -36,9 +36,11 @@ from stacking import OTHERS, control_net, with_lora
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
+from truepose_core.framing.frame import fits_cells
 from truepose_core.models import vision_tower
 from truepose_core.models.ip_adapter import RegionAdapter
 from truepose_core.parsing import HumanParsing
+from truepose_core.parsing.carry import prior_for_poses
 from truepose_core.regions import Region
 
 UPPER = int(Region.UPPER)
@@ -238,9 +240,9 @@ def test_a_pose_carries_the_regions() -> None:
         inputs = {"image": shown.image.movedim(1, -1), "parsing": HumanParsing(shown.parsing), "pose": pose}
         caa[name] = encoded(**inputs)
     target = keypoints(person(5, "walk", 96, 64))
-    from pack.nodes.source import bodies, carried_parsing
+    from pack.nodes.schema import read_bodies
 
-    carried = carried_parsing(caa["with"].parsing, caa["with"].body, bodies(target, "the pose"))
+    carried = prior_for_poses(caa["with"].parsing, caa["with"].body, read_bodies(target, "the pose"))
     ours = sample(applied(model(), caa["with"], target_pose=target))
     assert close(ours, sample(applied(model(), caa["with"], target_parsing=carried)))
     with pytest.raises(TruePoseError, match="connect pose to CAA Encode"):
@@ -276,18 +278,19 @@ def test_clones_share_it_and_copies_are_freed() -> None:
     (one,) = host_patch.applied_caas(patched.clone().clone())
     assert copy.deepcopy(one) is one
     assert torch.equal(sample(patched), sample(patched.clone()))
-    assert one._copies == {}
+    cache = patched.attachments[host_patch.KEY].cache
+    assert len(cache) == 0
     assert one.nbytes(2) * 2 == one.nbytes(4) > 0
     broken, seen = patched.clone(), []
 
     def fail(args: dict) -> None:
-        seen.append(len(one._copies))
+        seen.append(len(cache))
         raise RuntimeError("stop")
 
     broken.set_model_sampler_post_cfg_function(fail)
     with pytest.raises(RuntimeError, match="stop"):
         sample(broken)
-    assert seen[0] > 0 and one._copies == {}
+    assert seen[0] > 0 and len(cache) == 0
 
 
 # ------------------------------------------------------------------------------------------------- rows and batches
@@ -658,9 +661,9 @@ class TestBadInput:
             ((100, 61), (13, 7)),
             ((6, 4), (12, 8)),
         ):
-            assert host_unet.same_shape(picture_size, cells)
+            assert fits_cells(picture_size, cells)
         for picture_size, cells in (((512, 512), (64, 96)), ((512, 800), (64, 96)), ((768, 512), (64, 96))):
-            assert not host_unet.same_shape(picture_size, cells)
+            assert not fits_cells(picture_size, cells)
 
 
 def test_the_adapter_file_goes_by_the_models_shape() -> None:

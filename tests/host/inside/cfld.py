@@ -138,9 +138,9 @@ def by_hand(count: int, x: Tensor, sigma: float, timestep: int, scales: tuple[fl
 
 def pixels(body: Tensor) -> Tensor:
     """The keypoints as POSE_KEYPOINT tells them."""
-    from pack.nodes.source import bodies
+    from pack.nodes.schema import read_bodies
 
-    return bodies(posed(body), "the pose")
+    return read_bodies(posed(body), "the pose")
 
 
 def sigma_of(model: object, timestep: int) -> float:
@@ -251,7 +251,7 @@ def test_wrong_connections_are_named() -> None:
         through_host((model, negative, negative, None), noise(), sigma, (2.0, 2.0))
     with pytest.raises(TruePoseError, match=r"16x24 cells; CFLD makes pictures of 128x128 pixels only"):
         through_host((model, positive, negative, None), torch.zeros(1, 4, 24, 16), sigma, (2.0, 2.0))
-    with pytest.raises(TruePoseError, match="2 pairs of source and pose, and there are 3 latents"):
+    with pytest.raises(TruePoseError, match="2 pairs of source and pose and 3 latents"):
         through_host(apply(2), noise(3), sigma, (2.0, 2.0))
     with pytest.raises(TruePoseError, match="2 source images and 3 target poses"):
         apply(source=picture(2), pose=posed(keypoints(3)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from bench import ALL, apply, close, far, model, parsing, reference, sample, source
-from pack.nodes.combine import CombineSources, FreezeRegions
 from pack.nodes.host import features as host_features
+from pack.nodes.parsing import FreezeRegions
+from pack.nodes.source import CombineSources
 
 from truepose_core.attention.hpfa import region_rows_weight
 from truepose_core.errors import TruePoseError

@@ -18,7 +18,8 @@ from pack.nodes.host import guider as host_guider
 from pack.nodes.host import model as host_model
 from pack.nodes.hpfa import HPFASampler
 from pack.nodes.model import ApplyPoseEncoder
-from pack.nodes.source import ApplyHPFA, SourceNetEncode, bodies
+from pack.nodes.schema import read_bodies
+from pack.nodes.source import ApplyHPFA, SourceNetEncode
 from torch import Tensor
 
 from truepose_core.alignment.control3d import Control3DConfig
@@ -138,9 +139,9 @@ def through_pipeline(kind: str, steps: int, **more: object) -> Tensor:
         more.setdefault("target_pose", body())
     return pipe(
         shown.image,
-        bodies(keypoints(person(5, "walk")), "the pose"),
+        read_bodies(keypoints(person(5, "walk")), "the pose"),
         HumanParsing(shown.parsing),
-        bodies(keypoints(shown), "the pose"),
+        read_bodies(keypoints(shown), "the pose"),
         num_inference_steps=steps,
         latents=noise(cells=CELLS) * scale,
         **more,
@@ -196,9 +197,9 @@ def test_a_lifted_body_is_the_pipelines() -> None:
     scale = (1 + pipe.scheduler.sigmas[0] ** 2).sqrt() / pipe.scheduler.init_noise_sigma
     theirs = pipe(
         shown.image,
-        bodies(keypoints(person(5, "walk")), "the pose"),
+        read_bodies(keypoints(person(5, "walk")), "the pose"),
         HumanParsing(shown.parsing),
-        bodies(keypoints(shown), "the pose"),
+        read_bodies(keypoints(shown), "the pose"),
         num_inference_steps=1,
         latents=noise(cells=CELLS) * scale,
     ).images

@@ -15,12 +15,11 @@ import folder_paths
 import pytest
 import torch
 from bench import split
-from pack.nodes.combine import CombineSources
 from pack.nodes.host import model as host_model
 from pack.nodes.host import nets as host_nets
 from pack.nodes.host import patch as host_patch
 from pack.nodes.model import ApplyPoseEncoder, EmptyLatent, LoadModel, PictureContext
-from pack.nodes.source import ApplyHPFA, SourceNetEncode
+from pack.nodes.source import ApplyHPFA, CombineSources, SourceNetEncode
 from torch import Tensor
 
 pytest.importorskip("diffusers", reason="the small checkpoints are made with diffusers")

@@ -14,7 +14,7 @@ from model import denoised, empty, keypoints, loaded, noise, person, posed, run,
 from pack.nodes.field import PoseFieldGuidance
 from pack.nodes.host import field as host_field
 from pack.nodes.host import guider as host_guider
-from pack.nodes.source import bodies
+from pack.nodes.schema import read_bodies
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
@@ -51,7 +51,7 @@ def test_the_estimate_is_moved_by_the_cores_step() -> None:
     x, who = noise(4), posed()
     plain = denoised(who, x)
     for name, weight in (("walk", 20.0), (None, 20.0), ("walk", 0.0)):
-        target = None if name is None else bodies(keypoints(person(5, name)), "pose", loaded().adapter)
+        target = None if name is None else read_bodies(keypoints(person(5, name)), "pose", loaded().adapter)
         options = FieldGuidance(scale=50.0, mu=weight)
         step = field_step(load_energy(None, True), plain, options, aspect=48 / 64, patch=4, target=target)
         moved = denoised(guided(who, name, target_weight=weight), x)

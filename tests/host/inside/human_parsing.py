@@ -18,8 +18,7 @@ from pack.nodes.human_parsing import DOWNLOAD, KEYPOINTS, MERGED, HumanParsingNo
 from pack.nodes.mannequin import Mannequin
 from pack.nodes.model import LoadModel
 from pack.nodes.parsing import EditParsing
-from pack.nodes.schema import to_core
-from pack.nodes.source import bodies
+from pack.nodes.schema import read_bodies, to_core
 
 from truepose_core.errors import TruePoseError
 from truepose_core.networks import known
@@ -243,7 +242,7 @@ def test_without_opencv_keypoints_give_shapes_and_it_is_said_once(
     image, _, pose, *_ = run(Mannequin, seed=3, pose="stand", width=192, height=256)
     for _ in range(2):
         parsing, _, _, info = run(HumanParsingNode, image=image, pose=pose)
-    expected = parse_from_keypoints(to_core(image, "the image"), bodies(pose, "the pose"), refine=False)
+    expected = parse_from_keypoints(to_core(image, "the image"), read_bodies(pose, "the pose"), refine=False)
     assert torch.equal(parsing.masks, expected.masks)
     assert "shapes alone" in info
     (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from pack.nodes.mannequin import AS_POSED, LARGEST, RANDOM, READY_POSES, YAW, Mannequin, chosen_pose, facing
-from pack.nodes.source import bodies
+from pack.nodes.schema import read_bodies
 
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin import VIEWS, axis_angle_to_matrix, ready_poses, render_people
@@ -37,7 +37,7 @@ def test_outputs_agree(width: int, height: int) -> None:
     (read,) = read_pose(pose)
     assert (read.width, read.height, len(read.people)) == (width, height, 1)
     # Every visible joint of the limbs and the neck lies on the figure.
-    xy = bodies(pose, "it")[0]
+    xy = read_bodies(pose, "it")[0]
     seen = xy[1:14][xy[1:14, 2] > 0]
     at = (seen[:, 1] * height).long().clamp(max=height - 1), (seen[:, 0] * width).long().clamp(max=width - 1)
     assert len(seen) >= 10 and float(mask[0][at].mean()) > 0.9

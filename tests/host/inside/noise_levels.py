@@ -9,12 +9,11 @@ import torch
 from bench import ALL, GREY, apply, close, far, latent, model, parsing, sample, source, split
 from comfy.patcher_extension import WrappersMP
 from fixtures.tiny import make_conditioning, make_model, make_vae
-from pack.nodes.combine import CombineSources
 from pack.nodes.host import features as host_features
 from pack.nodes.host import patch as host_patch
 from pack.nodes.host import source as host_source
 from pack.nodes.host import unet as host_unet
-from pack.nodes.source import ApplyHPFA, SourceNetEncode
+from pack.nodes.source import ApplyHPFA, CombineSources, SourceNetEncode
 from torch import Tensor
 
 from truepose_core.errors import TruePoseError
@@ -132,15 +131,14 @@ def test_rows_in_calls_of_their_own_read_the_same() -> None:
 def test_only_the_level_in_use_is_on_the_device() -> None:
     features = read(3)
     patched = apply(model(), features)
-    (applied,) = host_patch.applied_sources(patched)
-    held = []
+    cache, held = patched.attachments[host_patch.KEY].cache, []
     watched = patched.clone()
     watched.set_model_sampler_post_cfg_function(
-        lambda args: (held.append({k[3] for k in applied._copies}), args["denoised"])[1]
+        lambda args: (held.append({v[0] for v in cache.versions() if v is not None}), args["denoised"])[1]
     )
     sample(watched, sigmas=(*(level.sigma for level in features.levels), 0.0))
     assert held == [{0}, {1}, {2}]
-    assert applied._copies == {}
+    assert len(cache) == 0
 
 
 def test_regions_and_matches_work_at_levels() -> None:

@@ -38,9 +38,9 @@ def pipeline() -> TruePosePipeline:
 
 def read_back(pose: list[dict]) -> Tensor:
     """The keypoints as POSE_KEYPOINT tells them: in whole or fractional pixels."""
-    from pack.nodes.source import bodies
+    from pack.nodes.schema import read_bodies
 
-    return bodies(pose, "the pose")
+    return read_bodies(pose, "the pose")
 
 
 def through_host(

@@ -288,19 +288,19 @@ def test_clones_share_the_patch_and_nothing_grows() -> None:
 
 def test_device_copies_are_freed_after_runs_and_after_failures() -> None:
     patched = apply(model(), source())
-    applied = host_patch.applied_sources(patched)[0]
+    cache = patched.attachments[host_patch.KEY].cache
     sample(patched)
-    assert applied._copies == {}
+    assert len(cache) == 0
     broken = patched.clone()
 
     def fail(args: dict) -> None:
-        assert applied._copies
+        assert len(cache)
         raise RuntimeError("stop")
 
     broken.set_model_sampler_post_cfg_function(fail)
     with pytest.raises(RuntimeError, match="stop"):
         sample(broken)
-    assert applied._copies == {}
+    assert len(cache) == 0
     assert torch.equal(sample(patched), sample(patched))
 
 

@@ -15,7 +15,9 @@ from comfy.patcher_extension import WrappersMP
 from fixtures.tiny import EDITORS, TEXT, has_editor, make_editor
 from pack.nodes.host import references as host_references
 from pack.nodes.host import unet as host_unet
+from pack.nodes.host.base import dressed
 from pack.nodes.host.references import ReferenceGuide
+from pack.nodes.host.references.call import Grid
 from pack.nodes.references import GuideReferences
 from torch import Tensor
 
@@ -200,7 +202,8 @@ def test_all_ones_without_match_is_the_model_bit_for_bit(name: str) -> None:
     guided = apply(editor(name), [ALL], parsings(1))
     assert torch.equal(plain, sample(guided, name, references(name)))
     # With another guide in force the wrapper runs, and still changes nothing for a whole reference.
-    two = host_references._patched(editor(name), (ReferenceGuide(1, parsings(1)[0], ALL, keep_positions=True),))
+    patch = host_references.GuidePatch((ReferenceGuide(1, parsings(1)[0], ALL, keep_positions=True),))
+    two = dressed(editor(name), patch)
     assert torch.equal(plain, sample(two, name, references(name)))
 
 
@@ -225,10 +228,10 @@ def test_match_acts_on_target_queries_only(name: str, height: int, width: int, b
     refs, masks, target = references(name, 2), parsings(2), parsing(40, height, width)
     omegas, betas, p = [SOFT, ALL], [1.5, 3.0], patch(name)
     bias = joined_log(name, masks, omegas, 2)
-    rows = host_references._Grid(height, width, 1, p, 0).regions(target)[0]
+    rows = Grid(height, width, 1, p, 0).regions(target)[0]
     keys = []
     for mask, beta, size in zip(masks, betas, SIZES[2], strict=True):
-        own = beta * host_references._Grid(*size, 1, p, 0).regions(mask)[0]
+        own = beta * Grid(*size, 1, p, 0).regions(mask)[0]
         keys.append(torch.cat([own, torch.zeros(-own.shape[0] % 8 if name == "zimage" else 0, 7)]))
     slow = oracle(editor(name), name, padded_target(name, height, width), bias, (rows @ torch.cat(keys).mT)[None])
     theirs = sample(slow, name, refs, height=height, width=width, batch=batch)
@@ -677,17 +680,17 @@ class TestNothingStays:
         guided = apply(editor("kontext"), [SOFT], parsings(1))
         patch_object = guided.attachments[host_references.KEY]
         sample(guided, "kontext", references("kontext"))
-        assert patch_object._known == {}
+        assert len(patch_object.cache) == 0
         broken = guided.clone()
 
         def fail(args: dict) -> None:
-            assert patch_object._known
+            assert len(patch_object.cache)
             raise RuntimeError("stop")
 
         broken.set_model_sampler_post_cfg_function(fail)
         with pytest.raises(RuntimeError, match="stop"):
             sample(broken, "kontext", references("kontext"))
-        assert patch_object._known == {}
+        assert len(patch_object.cache) == 0
 
     def test_clones_share_the_patch_and_nothing_grows(self) -> None:
         who = apply(editor("kontext"), [SOFT, FACE], parsings(2))

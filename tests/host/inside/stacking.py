@@ -20,6 +20,7 @@ from fixtures.tiny import HEADS, _fill, make_conditioning, make_model, unet_conf
 from pack.nodes.host import call as host_call
 from pack.nodes.host import patch as host_patch
 from pack.nodes.host import unet as host_unet
+from pack.nodes.host.base import RunCache
 from patching import log_weight, unet
 
 
@@ -224,6 +225,29 @@ def test_lora_hooks_on_one_prompt() -> None:
         assert far(hooked["positive"], seen["positive"])
 
 
+def projections(patched: object, features: object, positive: list) -> int:
+    """How often a run of three steps projects the source's tokens at one site."""
+    _, attn = host_unet.self_attentions(host_unet.unet_of(patched, "it"))["input.1.0"]
+    count, own = features.sites["input.1.0"].shape[1], []
+    handle = attn.to_k.register_forward_hook(lambda _, args, out: own.append(args[0].shape[1] == count))
+    try:
+        sample(patched, positive=positive, sigmas=(3.0, 2.0, 1.0, 0.0))
+    finally:
+        handle.remove()
+    return sum(own)
+
+
+def test_keys_and_values_are_projected_once_per_run_unless_weights_may_change_in_it() -> None:
+    prompt, hooks = make_conditioning(1), comfy.hooks.create_hook_lora(lora(), strength_model=1.0, strength_clip=0.0)
+    features = source(height=8)
+    patched = apply(model(), features)
+    assert projections(patched, features, prompt) == 1
+    assert projections(apply(merged(), features), features, prompt) == 1
+    # The prompt with the hook, and the negative one without, are two calls of each step.
+    assert projections(patched, features, comfy.hooks.set_hooks_for_conditioning(prompt, hooks)) == 6
+    assert projections(patched, features, prompt) == 1
+
+
 def control_net() -> object:
     """A tiny ControlNet with random weights, its zero convolutions included."""
     import comfy.cldm.cldm
@@ -274,7 +298,7 @@ def test_regional_prompts_by_mask_and_area() -> None:
 def block_call(patched: object, kinds: list[int], rows: int) -> tuple:
     """Our replace of one block in a call with these chunks of `rows` pictures each, and q, k, v, options for it."""
     x = latent(9, rows * len(kinds))
-    call = host_call._Call(list(host_patch.applied_sources(patched)), x, {"cond_or_uncond": kinds})
+    call = host_call.SourceCall(RunCache(), list(host_patch.applied_sources(patched)), x, {"cond_or_uncond": kinds})
     block, attn = host_unet.self_attentions(unet())["input.1.0"]
     replace = call.install(unet())["patches_replace"]["attn1"][block]
     tokens = torch.randn((x.shape[0], 96, attn.to_q.in_features), generator=torch.Generator().manual_seed(1))

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Any
 from truepose_core.cli.console import (
     MAX_SIDE,
     Console,
-    add_device_arguments,
-    add_report_arguments,
     make_folder,
     memory_text,
-    number,
     peak_memory,
-    picture_size,
-    whole,
     write_outputs,
 )
 from truepose_core.cli.convert import parse_choices
@@ -27,18 +22,15 @@ from truepose_core.cli.opening import (
     MANNEQUINS_ONLY,
     ModelChoice,
     Opened,
-    add_folder_arguments,
-    add_model_arguments,
     choose_model,
     memory_errors,
     open_model,
     progress,
 )
-from truepose_core.cli.transfer.bodies import add_body_arguments, check_body_options, load_smpl, posed_targets
+from truepose_core.cli.transfer.bodies import check_body_options, load_smpl, posed_targets
 from truepose_core.cli.transfer.inputs import Target, read_targets
 from truepose_core.cli.transfer.maps import (
     PoseMaps,
-    add_condition_arguments,
     canvas_size,
     check_condition_options,
     check_keypoints,
@@ -48,14 +40,11 @@ from truepose_core.cli.transfer.maps import (
     read_canvas,
     reads_parsing,
 )
+from truepose_core.cli.transfer.options import LEVELS, STEPS, check_options
 from truepose_core.cli.transfer.person import (
     Donor,
     Networks,
     PersonPhoto,
-    add_donor_arguments,
-    add_frame_arguments,
-    add_person_arguments,
-    check_options,
     find_crop,
     fitted,
     frame_sizes,
@@ -75,210 +64,6 @@ if TYPE_CHECKING:
     from truepose_core.models.cfld.model import CFLDSource
     from truepose_core.parsing import HumanParsing
     from truepose_core.source.features import SourceFeatures
-
-HELP = "show the person of one picture in one or more poses"
-DESCRIPTION = """\
-Show the person of SOURCE in the poses of one or more files. The source is read once, whatever the number of poses.
-
-Needed beside the picture: its human parsing (which pixel shows the face, the hair, the clothes ...), as a file or made
-by --parser. Better results come with the person's own keypoints (--source-pose, or --estimate-pose). Models of other
-systems (AnimateAnyone, champ, Leffa, CFLD) work as published without either; with them, regions can be weighed.
-"""
-EPILOG = """\
-output:
-  one pose in all          --out is the picture to write: .png, .jpg or .webp
-  two or more poses        --out is a folder, made if need be; each picture is named after its pose file
-                           (wave.json -> wave.png; a file of several frames -> walk-0.png, walk-1.png ...)
-  files that exist are kept unless --overwrite is given
-
-parsing:
-  a label map of SOURCE, saved as PNG without smoothing: grey values 0 background, 1 face, 2 hair, 3 upper clothes,
-  4 lower clothes, 5 skin, 6 accessory, or the colours of our parsing preview. Maps of common human parsers can be
-  given as they are: --parsing-labels atr, lip, cihp, pascal or segformer_clothes
-  or --parser: a network (`truepose models` lists them and fetches one), or keypoints, which guesses the parsing from
-  the person's keypoints and the colours around them
-
-poses:
-  OpenPose JSON or ComfyUI's POSE_KEYPOINT. A pose is fitted into the picture without distortion. A file that does not
-  say its canvas size is taken to be drawn on the output picture. Of several people the largest is taken (see --person)
-  gallery:NAME is a ready pose, such as gallery:walking or gallery:hands-on-hips; a wrong name lists them all
-  with --estimate-pose a picture of somebody is a pose too
-
-models of other systems:
-  --model takes their weight files as they were published, or what truepose convert wrote; `truepose inspect FILE...`
-  says the command line for a file. Guidance scales are the published ones unless given
-  --pose-map NAME=PICTURE  what a model reads beside or instead of --pose; of the picture's aspect ratio. champ's depth,
-                           normal and semantic_map are drawn from --pose or --body where they are not given
-  --pose-map NAME=FOLDER   for several poses: pictures of one pose have the same name in every folder, and the name of
-                           the pose's result where --pose is given too (wave.json: wave.png)
-
-photographs:
-  --frame                  the person fills the picture that the model makes; the crop is the output
-  --frame --paste-back     the output is the whole photo with the crop made anew; poses lie on the photo, and with
-                           --retarget the person keeps their size and stands where they stood
-  --from upper=b.png       the top of another person; where a garment is shorter, take their skin too: upper,skin=b.png
-
-examples:
-  truepose demo --out demo-out                   writes inputs to try the next line with
-  truepose transfer demo-out/inputs/person.png --parsing demo-out/inputs/person-parsing.png \\
-      --source-pose demo-out/inputs/person-pose.json --pose demo-out/inputs/wave.json --out wave.png
-  truepose transfer person.png --parsing map.png --pose poses/*.json --out results --size 512x768 --seed 7
-  truepose transfer person.png --parsing map.png --pose wave.json --out wave.png --region face=1 upper=1 background=0
-  truepose transfer photo.jpg --parsing map.png --parsing-labels atr --pose wave.json --out wave.png \\
-      --model ./sd15 --controlnet ./openpose --prompt "a photograph of a person" --steps 30
-  truepose transfer photo.jpg --parser schp-atr --estimate-pose --frame --retarget --pose dancer.jpg --out dance.png \\
-      --model ./sd15 --controlnet ./openpose
-  truepose transfer photo.jpg --pose dancer.json --out dance.png --vae ./sd15 --image-encoder ./image_encoder \\
-      --model reference_unet.pth denoising_unet.pth pose_guider.pth
-  truepose transfer photo.jpg --pose-map densepose=pose.png --out pose-of-it.png --model leffa.safetensors
-  truepose transfer a.png --source-pose a.json --parser keypoints --from upper,lower=b.png --from-pose b.json \\
-      --pose gallery:walking --out swap.png
-"""
-
-LEVELS = 4
-"""Noise levels that an untrained checkpoint reads its source at."""
-STEPS = {"pixels": 1, "vae": 30}
-"""Sampling steps when --steps is not given."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `truepose transfer`."""
-    # SOURCE stands first: behind an option that takes several values it would be one of them.
-    parser.usage = "truepose transfer SOURCE --pose POSE ... --out PATH [options]"
-    parser.add_argument("source", metavar="SOURCE", help="the picture of the person")
-    inputs = parser.add_argument_group("what to show")
-    inputs.add_argument(
-        "--pose",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="POSE",
-        help="the poses to show, one or more: POSE.json, a ready pose such as gallery:waving, or with --estimate-pose "
-        "a picture of somebody; not needed where --pose-map says it all",
-    )
-    inputs.add_argument(
-        "--person", type=whole(0), metavar="N", help="which person of the poses, from 0 (default: the largest)"
-    )
-    inputs.add_argument(
-        "--retarget",
-        nargs="?",
-        const="feet",
-        choices=("feet", "hips"),
-        help="put the poses on the proportions of the person in SOURCE; the feet, or the hips, stay where the pose has "
-        "them (--retarget alone: feet)",
-    )
-    add_body_arguments(inputs, "poses as 3D bodies")
-    add_condition_arguments(inputs)
-    person = parser.add_argument_group("the person in SOURCE")
-    add_person_arguments(person)
-    add_frame_arguments(parser.add_argument_group("crop"))
-    add_donor_arguments(parser.add_argument_group("regions of other pictures"))
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", required=True, metavar="PATH", help="a picture, or a folder for several poses")
-    output.add_argument(
-        "--size",
-        type=picture_size,
-        metavar="WxH",
-        help="size of the pictures in pixels (default: those of --canvas, else SOURCE's)",
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace output files that exist")
-    add_report_arguments(output)
-    model = parser.add_argument_group("model")
-    add_model_arguments(model)
-    add_folder_arguments(model)
-    add_device_arguments(model)
-    model.add_argument(
-        "--batch", type=whole(1), default=1, metavar="N", help="poses worked on at once: more memory (default: 1)"
-    )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--steps",
-        type=whole(1, 1000),
-        metavar="N",
-        help="sampling steps (default: 1 for a mannequin model, 50 for CFLD, 30 for others)",
-    )
-    sampling.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="fixes the pictures; every pose uses it (default: 0)"
-    )
-    sampling.add_argument(
-        "--guidance-pose",
-        type=number(),
-        metavar="W",
-        help="above 1 follows the pose harder (default: the model's own, 2 for CFLD; else 1)",
-    )
-    sampling.add_argument(
-        "--guidance-source",
-        type=number(),
-        metavar="W",
-        help="above 1 holds on to the source harder; each scale other than 1 costs another network call (default: the "
-        "model's own, 3.5 for AnimateAnyone and champ, 2.5 for Leffa, 2 for CFLD; else 1)",
-    )
-    field = parser.add_argument_group("guidance by the pose field (off unless --field-scale is given)")
-    field.add_argument(
-        "--field-scale",
-        type=number(),
-        default=0.0,
-        metavar="S",
-        help="how far each step moves the picture towards a possible pose and the one asked for; 10 is a start, "
-        "0 is off (default: 0)",
-    )
-    field.add_argument(
-        "--field-mu",
-        type=number(),
-        metavar="M",
-        help="how strongly joints are drawn to the pose asked for, beside the field (default: 20)",
-    )
-    field.add_argument(
-        "--field-window",
-        type=number(0, 1),
-        nargs=2,
-        metavar=("START", "END"),
-        help="the part of the sampling in which it guides (default: 0 1)",
-    )
-    field.add_argument(
-        "--field-predictor",
-        metavar="FILE",
-        help="what reads the pose off the picture in the making, from truepose train --row keypoints; needed for "
-        "models on a VAE's latents (default: the bundled one, for the bundled model)",
-    )
-    fusion = parser.add_argument_group("what to take from the source")
-    fusion.add_argument(
-        "--region",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=WEIGHT",
-        help="0 leaves a region of the source out, 1 keeps it: background, face, hair, upper, lower, skin, accessory "
-        "(default: 1 for all)",
-    )
-    fusion.add_argument(
-        "--strength",
-        type=number(0, 1),
-        metavar="S",
-        help="0 leaves out what HPFA takes from the source, 1 uses it all (default: 1; 0 for CFLD, which has a way of "
-        "its own)",
-    )
-    fusion.add_argument(
-        "--style",
-        type=number(0, 1),
-        default=0.0,
-        metavar="S",
-        help="how far the picture takes on the light and colours of the whole SOURCE, whatever --region says: the mean "
-        "and contrast of its features (AdaIN); 0 is off (default: 0)",
-    )
-    fusion.add_argument(
-        "--beta",
-        type=number(),
-        metavar="B",
-        help="how strictly regions must match, 0 is not at all (default: what the model learned; 2 for a folder; 0 for "
-        "models of other systems)",
-    )
-    fusion.add_argument(
-        "--gamma",
-        type=number(),
-        metavar="G",
-        help="how strictly places on the body must match (default: what the model learned; else 0)",
-    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from truepose_core.cli.transfer.bodies import read_posed
 from truepose_core.cli.transfer.maps import PoseMaps, load_map
 from truepose_core.cli.transfer.person import PICTURES, Networks, PersonPhoto, choose_person, load_photo, told_where
 from truepose_core.errors import TruePoseError
+from truepose_core.pose.keypoints import ANKLES, HIPS, NECK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,7 +186,7 @@ def retargeted(
     return list(fresh)
 
 
-ANCHOR_JOINTS = {"feet": (10, 13), "hips": (8, 11), "neck": (1,)}
+ANCHOR_JOINTS = {"feet": ANKLES, "hips": HIPS, "neck": (NECK,)}
 
 
 def anchor_way(body: Tensor, source: Tensor, anchor: str) -> Tensor:

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from truepose_core.cli.console import MAX_SIDE, Console, picture_size, whole
-from truepose_core.cli.models import add_models_argument, models_folder
+from truepose_core.cli.console import MAX_SIDE, Console
+from truepose_core.cli.models import models_folder
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
@@ -35,129 +35,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 AUTO = "auto"
 MARGIN = 0.1
 """What a crop leaves free around a person on each side, in the longer side."""
-FEATHER = 16
 SHOWN_HEIGHT = 256
 """Crops for a mannequin model, whose own pictures are tiny, are about this high, in pixels."""
-
-NO_PARSING = (
-    "the source needs its human parsing; give one of --parser keypoints (no model, with --source-pose or "
-    "--estimate-pose), --parser NAME (a network: schp-atr, schp-lip, atr+lip, segformer-b2-clothes, "
-    "segformer-b3-clothes, or an .onnx file) and --parsing MAP.png (a label map of the same picture, saved as PNG with "
-    "grey values 0 background, 1 face, 2 hair, 3 upper clothes, 4 lower clothes, 5 skin, 6 accessory, or the map of a "
-    "human parser together with --parsing-labels); see truepose transfer --help"
-)
-
-
-def add_person_arguments(parser: argparse._ActionsContainer) -> None:
-    """Where the parsing and the keypoints of SOURCE come from."""
-    parser.add_argument("--parsing", metavar="MAP.png", help="human parsing of SOURCE as a file: see below")
-    parser.add_argument(
-        "--parsing-labels",
-        default="regions",
-        metavar="NAME",
-        help="what the label map's numbers mean: regions, atr, lip, cihp, pascal, segformer_clothes (default: regions)",
-    )
-    parser.add_argument(
-        "--parser",
-        metavar="NAME",
-        help="make the parsing instead: keypoints (no model, needs OpenCV and the person's keypoints), a network "
-        "(schp-atr, schp-lip, atr+lip, segformer-b2-clothes, segformer-b3-clothes), or an .onnx file",
-    )
-    parser.add_argument(
-        "--source-pose", metavar="POSE.json", help="keypoints of SOURCE; with them patterns find their place better"
-    )
-    parser.add_argument(
-        "--estimate-pose",
-        action="store_true",
-        help="find keypoints with DWPose where none are given: of SOURCE, of --from pictures, and of --pose pictures",
-    )
-    parser.add_argument(
-        "--source-person",
-        type=whole(0),
-        metavar="N",
-        help="which person of SOURCE, from 0 (default: the largest)",
-    )
-    add_models_argument(parser)
-
-
-def add_frame_arguments(parser: argparse._ActionsContainer) -> None:
-    """The crop around the person."""
-    parser.add_argument(
-        "--frame",
-        nargs="?",
-        const=AUTO,
-        type=frame_size,
-        metavar="WxH",
-        help="crop SOURCE around the person to this size, or without one to the size that suits the model and the "
-        "person best; the crop is the output",
-    )
-    parser.add_argument(
-        "--paste-back",
-        nargs="?",
-        const=FEATHER,
-        type=whole(0, 512),
-        metavar="PIXELS",
-        help="with --frame: put the result back into SOURCE, so that the output is the whole photo; its edge fades in "
-        f"over so many pixels (--paste-back alone: {FEATHER})",
-    )
-
-
-def add_donor_arguments(parser: argparse._ActionsContainer) -> None:
-    """Regions of other pictures."""
-    parser.add_argument(
-        "--from",
-        dest="donors",
-        action="append",
-        default=[],
-        metavar="REGION[,REGION]=PICTURE",
-        help="take regions from the person of another picture, such as upper=b.png; once for each picture",
-    )
-    parser.add_argument(
-        "--from-parsing",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="MAP.png",
-        help="parsings of the --from pictures, in their order (default: --parser makes them)",
-    )
-    parser.add_argument(
-        "--from-pose",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="POSE.json",
-        help="keypoints of the --from pictures, in their order (default: --estimate-pose finds them)",
-    )
-
-
-def frame_size(text: str) -> str | tuple[int, int]:
-    """An argparse type: auto, or WxH in pixels -> (width, height)."""
-    return AUTO if text == AUTO else picture_size(text)
-
-
-def check_options(args: argparse.Namespace, needs_parsing: bool = True) -> None:
-    """Raise TruePoseError for options that contradict each other, before any file is read."""
-    finds_pose = args.source_pose is not None or args.estimate_pose
-    if needs_parsing and args.parsing is None and args.parser is None:
-        raise TruePoseError(NO_PARSING)
-    if args.parsing is not None and args.parser is not None:
-        raise TruePoseError(
-            f"both --parsing {args.parsing} and --parser {args.parser} say where the parsing comes from; give one"
-        )
-    needs = {
-        "--parser keypoints": args.parser == KEYPOINTS,
-        "--retarget": args.retarget is not None,
-        "--source-person": args.source_person is not None and getattr(args, "source_body", None) is None,
-    }
-    for option, used in needs.items():
-        if used and not finds_pose:
-            raise TruePoseError(
-                f"{option} needs the keypoints of SOURCE, and neither --source-pose nor --estimate-pose was given"
-            )
-    if args.paste_back is not None and args.frame is None:
-        raise TruePoseError("--paste-back puts a framed picture back, and --frame was not given")
-    if args.frame is not None and args.size is not None:
-        raise TruePoseError("--frame and --size both say the size of the pictures; leave out --size")
 
 
 # ---------------------------------------------------------------------------------------------------- one person

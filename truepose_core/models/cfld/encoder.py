@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from colorsys import hsv_to_rgb
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, gelu, scaled_dot_product_attention, silu
 
+from truepose_core.attention.heads import merge_heads, split_heads
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import Frame, fit
 from truepose_core.json_text import parse_json
 from truepose_core.pictures.files import MAX_SIDE
 from truepose_core.pose.keypoints import LIMBS
-from truepose_core.pose.skeleton import BODY_COLORS, LIMB_BRIGHTNESS, capsule_distance, paint_segments
+from truepose_core.pose.skeleton import capsule_distance, paint_segments
 from truepose_core.weights.settings import read_settings
 
 KIND = "cfld"
@@ -33,6 +35,10 @@ PICTURE = (256, 176)
 """(height, width) that the training pictures had before they were squashed to a square."""
 PICTURE_TOLERANCE = 0.02
 """A picture of an aspect ratio this near is squashed as it is, as the published code does; others are padded first."""
+SKELETON_COLORS = tuple(tuple(round(255 * x) for x in hsv_to_rgb(i / 18, 1.0, 1.0)) for i in range(18))
+LIMB_BRIGHTNESS = 0.6
+"""What CFLD was trained to read: a colour for each of the 18 keypoints, and for the limbs, which are darker. Our own
+skeletons may look otherwise."""
 HEAT_SIGMA = 6.0
 LINE_RADIUS, JOINT_RADIUS = 1.65, 3.5
 """Half widths in pixels of a 256 pixel map, as OpenCV paints a line of thickness 2 and a disc of radius 3."""
@@ -144,8 +150,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
-        return self.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(y, self.heads) for y in projected)
+        return self.to_out[0](merge_heads(scaled_dot_product_attention(q, k, v)))
 
 
 class GEGLU(nn.Module):
@@ -339,7 +345,7 @@ def pose_maps(body: Tensor, side: int) -> Tensor:
     # A keypoint is at the centre of its pixel.
     points = torch.cat([(pixels + 0.5) / side, seen[..., None].float()], -1)
     canvas = points.new_zeros(body.shape[0], 3, side, side)
-    colors = canvas.new_tensor(BODY_COLORS) / 255
+    colors = canvas.new_tensor(SKELETON_COLORS) / 255
     joints = tuple((i, i) for i in range(18))
     limb_colors = colors[: len(LIMBS)] * LIMB_BRIGHTNESS
     paint_segments(canvas, points, LIMBS, limb_colors, LINE_RADIUS * scale, capsule_distance)

@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from truepose_core.attention.heads import merge_heads, split_heads
 from truepose_core.errors import TruePoseError
 from truepose_core.models.cfld.encoder import (
     CFLDConfig,
@@ -73,9 +74,9 @@ class BiasedCrossAttention:
         if truepose is not None and self.site in truepose.biases:
             q = q + truepose.biases[self.site].to(q)
         projected = (q, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-        out = scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        q, k, v = (split_heads(x, attn.heads) for x in projected)
+        out = scaled_dot_product_attention(q, k, v, scale=attn.scale)
+        return attn.to_out[1](attn.to_out[0](merge_heads(out)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -281,14 +281,20 @@ def test_pose_maps_look_as_opencv_draws_them():
     import numpy as np
 
     from truepose_core.pose.keypoints import LIMBS
-    from truepose_core.pose.skeleton import BODY_COLORS
 
+    # A wheel of 18 hues: from red over green and blue back to red, in steps of a third of 255.
+    up, full, none = [0, 85, 170], [255] * 3, [0] * 3
+    down = [255, 170, 85]
+    red = [*full, *down, *none, *none, *up, *full]
+    green = [*up, *full, *full, *down, *none, *none]
+    blue = [*none, *none, *up, *full, *full, *down]
+    colors = list(zip(red, green, blue, strict=True))
     body = bodies(1, seed=3)
     points = [(int(x), int(y)) for x, y in (body[0, :, :2] * 256).tolist()]
     picture = np.zeros((256, 256, 3), np.uint8)
-    for (a, b), color in zip(LIMBS, BODY_COLORS, strict=False):
+    for (a, b), color in zip(LIMBS, colors, strict=False):
         cv2.line(picture, points[a], points[b], [int(0.6 * c) for c in color], 2, cv2.LINE_AA)
-    for point, color in zip(points, BODY_COLORS, strict=True):
+    for point, color in zip(points, colors, strict=True):
         cv2.circle(picture, point, 3, color, -1, cv2.LINE_AA)
     drawn = torch.tensor(picture).permute(2, 0, 1) / 255
     assert (pose_maps(body, 256)[0, :3] - drawn).abs().mean() < 0.05 * drawn.mean()

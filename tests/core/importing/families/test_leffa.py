@@ -16,8 +16,8 @@ from truepose_core.errors import TruePoseError
 from truepose_core.guidance.scales import rescale_guidance
 from truepose_core.importing.convert import convert, expected_shapes
 from truepose_core.importing.families.leffa import NO_CROSS, NO_EMBEDDING, NO_OUTPUT, Leffa
+from truepose_core.models.beside import scale_densepose
 from truepose_core.models.config import TruePoseConfig
-from truepose_core.models.model import scale_densepose
 from truepose_core.models.store import load_model, save_model
 from truepose_core.pipeline import TruePosePipeline
 from truepose_core.weights.strict import read_metadata

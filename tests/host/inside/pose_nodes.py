@@ -1,4 +1,4 @@
-"""The pose tools, called as the host calls them."""
+"""Nodes that make and change poses, called as the host calls them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pack.nodes import TruePoseExtension, pose_tools
+from pack.nodes import TruePoseExtension, pose_edit
+from pack.nodes import pose as pose_nodes
 from pack.nodes.host import files as host_files
-from pack.nodes.pose import DrawSkeleton
-from pack.nodes.pose_tools import (
-    ALL_PEOPLE,
+from pack.nodes.pose import ALL_PEOPLE, WHOLE_PICTURE, DrawSkeleton, EstimatePose, PoseGallery
+from pack.nodes.pose_edit import (
     EVERYBODY,
     MOVE_TO,
     VIDEO,
-    WHOLE_PICTURE,
     EditPose,
-    EstimatePose,
     InterpolatePoses,
-    PoseGallery,
     RetargetPose,
     TransformPose,
 )
@@ -70,7 +67,8 @@ def check(pose: list[dict], image: torch.Tensor, frames: int = 1) -> None:
 
 def test_nodes_are_listed() -> None:
     names = {node.GET_SCHEMA().node_id for node in asyncio.run(TruePoseExtension().get_node_list())}
-    assert {node.GET_SCHEMA().node_id for node in pose_tools.NODES} <= names and len(pose_tools.NODES) == 6
+    ours = [*pose_nodes.NODES, *pose_edit.NODES]
+    assert {node.GET_SCHEMA().node_id for node in ours} <= names and len(ours) == 8
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -221,7 +219,7 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return PoseEstimator(pose, finder if detect else None)
 
     monkeypatch.setattr(host_files, "folders", lambda: [tmp_path])
-    monkeypatch.setattr(pose_tools, "choose_estimator", open_networks)
+    monkeypatch.setattr(pose_nodes, "choose_estimator", open_networks)
     return tmp_path
 
 
@@ -285,7 +283,7 @@ def test_half_a_source_is_said_and_the_pose_can_be_cut_likewise(caplog: pytest.L
     run(RetargetPose, target=write_pose([whole]), source=source)
     assert "the source shows no knees, no feet, and the pose has them" in caplog.text
     caplog.clear()
-    cut = run(RetargetPose, target=write_pose([whole]), source=source, shows=pose_tools.AS_SOURCE)[0]
+    cut = run(RetargetPose, target=write_pose([whole]), source=source, shows=pose_edit.AS_SOURCE)[0]
     assert not caplog.records
     (made,) = read_pose(cut)[0].people
     np.testing.assert_allclose(made.body[1], body[1], atol=2e-3)
@@ -294,8 +292,8 @@ def test_half_a_source_is_said_and_the_pose_can_be_cut_likewise(caplog: pytest.L
             RetargetPose,
             target=write_pose([whole]),
             source=source,
-            shows=pose_tools.AS_SOURCE,
-            people=pose_tools.VIDEO,
+            shows=pose_edit.AS_SOURCE,
+            people=VIDEO,
         )
 
 
