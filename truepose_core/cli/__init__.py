@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from truepose_core import __version__
-from truepose_core.cli import benchmark, carry, convert, demo, evaluate, inspect, models, train, transfer
+from truepose_core.cli import benchmark, carry, convert, data, demo, evaluate, inspect, models, study, train, transfer
 from truepose_core.cli.console import Console, HelpFormatter, Parser
 from truepose_core.errors import TruePoseError
 
@@ -21,8 +21,10 @@ COMMANDS = {
     "convert": convert,
     "inspect": inspect,
     "models": models,
+    "data": data,
     "train": train,
     "eval": evaluate,
+    "study": study,
     "benchmark": benchmark,
 }
 

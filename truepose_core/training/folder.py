@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from truepose_core.datasets.pairs import read_pairs
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import fit
 from truepose_core.parsing import HumanParsing
@@ -15,47 +15,6 @@ from truepose_core.training.data import TrainingBatch
 
 _SHOWN = 200
 """Characters of a path that an error shows."""
-
-
-def read_pairs(table: Path) -> list[tuple[str, str]]:
-    """The (from, to) of every row of a csv file in UTF-8, with or without a byte-order mark; blanks around names do not
-    count. Raises TruePoseError, naming the line, for a file that is missing or cannot be read."""
-    if not table.is_file():
-        raise TruePoseError(f"{table} does not exist; expected a csv with the columns 'from' and 'to'")
-    pairs = []
-    try:
-        # Strict: a quote that nothing closes is an error, and not the rest of the file.
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, skipinitialspace=True, strict=True)
-            header = [name.strip() for name in next(rows, [])]
-            if not {"from", "to"} <= set(header):
-                raise TruePoseError(f"{table} has the columns {header}; expected 'from' and 'to'")
-            columns = header.index("from"), header.index("to")
-            for row in rows:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise TruePoseError(
-                        f"{table}, line {rows.line_num}: {len(row)} columns, and the first line has {len(header)}; "
-                        "expected as many. A name with a comma needs quotes"
-                    )
-                source, target = (row[column].strip() for column in columns)
-                if not source or not target:
-                    raise TruePoseError(f"{table}, line {rows.line_num}: a name is empty; expected two pictures")
-                pairs.append((source, target))
-    except UnicodeDecodeError as error:
-        raise TruePoseError(
-            f"{table} is not text in UTF-8 (byte {error.object[error.start]:#04x}); save it as csv in UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise TruePoseError(
-            f"{table}, line {rows.line_num}: {error}; expected two names separated by a comma, and every quote closed"
-        ) from error
-    except OSError as error:
-        raise TruePoseError(f"{table} cannot be read: {error.strerror}") from error
-    if not pairs:
-        raise TruePoseError(f"{table} lists no pair")
-    return pairs
 
 
 def _is_file(path: Path) -> bool:
