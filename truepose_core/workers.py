@@ -121,6 +121,8 @@ def _on_ray(make: Callable[[], Work], jobs: Iterable[Job], workers: Workers) -> 
                 value, error, fault = ray.get(ended)
                 idle.append(actor)
             except ray.exceptions.RayActorError as died:
+                if getattr(died, "actor_init_failed", False):
+                    raise TruePoseError(f"a Ray worker cannot start: {_last_line(died)}") from died
                 value, error, fault = None, f"its worker died ({_first_line(died)})", True
                 idle.append(remote.remote(make))
             if value and value.get("refused"):
@@ -164,6 +166,11 @@ def start_ray(address: str | None = None) -> Any:
         except (ConnectionError, RuntimeError) as error:
             raise TruePoseError(f"the Ray cluster at {address} does not answer: {_first_line(error)}") from error
     return ray
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:

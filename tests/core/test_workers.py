@@ -64,6 +64,12 @@ def test_workers_that_cannot_be_had_are_told():
     def refuse():
         raise TruePoseError("there is no such model")
 
+    def break_down():
+        raise RuntimeError("out of everything")
+
+    with pytest.raises(TruePoseError, match=r"a Ray worker cannot start: .*out of everything"):
+        list(run_jobs(break_down, range(2), Workers(1, cpus=0.5)))
+
     for count in (0, 1):
         with pytest.raises(TruePoseError, match="there is no such model"):
             list(run_jobs(refuse, range(2), Workers(count, cpus=0.5)))
