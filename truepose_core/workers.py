@@ -97,8 +97,16 @@ class _Actor:
 
 
 def _on_ray(make: Callable[[], Work], jobs: Iterable[Job], workers: Workers) -> Iterator[Outcome[Job]]:
-    ray = start_ray(workers.address)
-    _check_room(ray.cluster_resources(), workers)
+    ray, started = start_ray(workers.address)
+    try:
+        _check_room(ray.cluster_resources(), workers)
+        yield from _with_actors(ray, make, jobs, workers)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _with_actors(ray: Any, make: Callable[[], Work], jobs: Iterable[Job], workers: Workers) -> Iterator[Outcome[Job]]:
     remote = ray.remote(_Actor).options(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)
     waiting = iter(jobs)
     again: list[tuple[Job, int]] = []
@@ -147,9 +155,9 @@ def _check_room(resources: dict[str, float], workers: Workers) -> None:
             )
 
 
-def start_ray(address: str | None = None) -> Any:
-    """Ray, connected to the cluster at the address, or to one started here. Raises TruePoseError without Ray and for a
-    cluster that does not answer."""
+def start_ray(address: str | None = None) -> tuple[Any, bool]:
+    """(Ray, connected to the cluster at the address or to one started here; whether it was not connected before).
+    Raises TruePoseError without Ray, and for a cluster that does not answer."""
     try:
         import ray
     except ImportError as error:
@@ -157,15 +165,16 @@ def start_ray(address: str | None = None) -> Any:
             'more than one worker needs Ray; install it with: pip install "comfyui-truepose[scale]", or leave out '
             "--workers"
         ) from error
-    if not ray.is_initialized():
-        try:
-            here = {} if address else {"include_dashboard": False}
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
-        except ValueError as error:
-            raise TruePoseError(f"Ray cannot start: {_first_line(error)}") from error
-        except (ConnectionError, RuntimeError) as error:
-            raise TruePoseError(f"the Ray cluster at {address} does not answer: {_first_line(error)}") from error
-    return ray
+    if ray.is_initialized():
+        return ray, False
+    here = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
+    except ValueError as error:
+        raise TruePoseError(f"Ray cannot start: {_first_line(error)}") from error
+    except (ConnectionError, RuntimeError) as error:
+        raise TruePoseError(f"the Ray cluster at {address} does not answer: {_first_line(error)}") from error
+    return ray, True
 
 
 def _last_line(error: BaseException) -> str:
