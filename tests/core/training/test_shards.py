@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from truepose_core.datasets.prepare import Options, prepare
 from truepose_core.datasets.shards import Shards
 from truepose_core.errors import TruePoseError
 from truepose_core.training.folder import FolderPairs, ShardPairs, pairs_of
+from truepose_core.weights.strict import read_metadata
 
 pytest.importorskip("webdataset", reason="webdataset is not installed")
 
@@ -75,13 +77,14 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(folders, t
     train = ["-m", "truepose_core.cli", "train", "--row", "HPFA", "--steps", "1", "--targets", "1", "--warmup", "1"]
     train += ["--data", str(folders / "shards"), "--height", "32", "--width", "24", "--clip", "1e9", "--quiet"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # What `accelerate launch` starts on several GPUs; on CPUs it would want MPI.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
     for name, start, sources in (("one", [], "4"), ("two", launch, "2")):
         argv = [sys.executable, *start, *train, "--out", str(tmp_path / name), "--sources", sources]
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (gradients(tmp_path / name) for name in ("one", "two"))
+    assert json.loads(read_metadata(tmp_path / "two" / "weights.safetensors")["training"])["processes"] == 2
     assert one.keys() == two.keys() and len(one) > 100
     scale = max(value.abs().max().item() for value in one.values())
     assert scale > 0
