@@ -12,20 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STOREYS = (
     {"errors"},
-    {"json_text", "regions", "pictures", "weights", "networks"},
+    {"json_text", "regions", "pictures", "weights", "networks", "workers"},
     {"pose", "attention"},
     {"parsing", "mannequin"},
     {"body", "framing"},
     {"source", "alignment"},
     {"guidance"},
     {"models"},
-    {"importing", "pipeline", "benchmark"},
+    {"importing", "pipeline", "benchmark", "datasets"},
     {"training"},
     {"evaluation"},
     {"cli"},
 )
 """The rooms of truepose_core, the lowest storey first. A room imports from storeys below, and from its own."""
-NOT_FOR_NODES = {"cli", "training", "evaluation"}
+NOT_FOR_NODES = {"cli", "training", "evaluation", "datasets", "workers"}
 
 
 def files(*folders: str) -> list[Path]:

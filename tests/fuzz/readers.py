@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from truepose_core.alignment.field import PoseField
 from truepose_core.body.lift import LiftNet
 from truepose_core.body.reading import read_body
+from truepose_core.datasets.pairs import read_pairs
 from truepose_core.importing.plan import describe
 from truepose_core.models.cfld.encoder import CFLDConfig
 from truepose_core.models.config import TruePoseConfig
@@ -33,7 +34,6 @@ from truepose_core.pictures.files import load_image
 from truepose_core.pose import Pose, read_pose, write_pose
 from truepose_core.pose.gallery import gallery_pose
 from truepose_core.pose.skeleton import draw_pose
-from truepose_core.training.folder import read_pairs
 from truepose_core.training.small import SmallConfig, SmallTrainer, checkpoint_of
 from truepose_core.weights.reading import CheckpointReader, refuse_quantised
 from truepose_core.weights.small import load_small

@@ -6,7 +6,7 @@
 * caa: a step with CAA's decoupled cross-attention over a plain step.
 
 `--host` measures whole guided steps inside a real ComfyUI instead (`host`), `--editors` forwards of editing models,
-`--body` the steps that put a body under a picture.
+`--body` the steps that put a body under a picture, `--catalogue` many pictures.
 
 Counted numbers are multiply-adds times two, by torch's FlopCounterMode (`count`). Timed numbers are medians of
 interleaved repeats (`timing`): CPU time of one thread in float32, or CUDA events in float16. On a GPU the whole UNet
@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--body", action="store_true", help="seconds to lift, fit, render and carry one person, instead"
     )
     parser.add_argument(
+        "--catalogue",
+        action="store_true",
+        help="what reading a source once for several poses saves, and GPU hours for a million pictures, instead",
+    )
+    parser.add_argument(
         "--repeats",
         type=int,
         metavar="N",
@@ -77,8 +82,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[st
         raise TruePoseError("--host and --editors are two measurements; choose one")
     if args.body and (args.host is not None or args.editors is not None):
         raise TruePoseError("--body is a measurement of its own; leave out --host and --editors")
+    if args.catalogue and (args.body or args.host is not None or args.editors is not None):
+        raise TruePoseError("--catalogue is a measurement of its own; leave out --body, --host and --editors")
     if (
-        (args.body or args.host is not None or args.editors is not None)
+        (args.body or args.catalogue or args.host is not None or args.editors is not None)
         and args.repeats is not None
         and args.repeats < 1
     ):
@@ -86,6 +93,11 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[st
     if args.body:
         result = measure_body(args.device, args.repeats)
         say(body_table(result))
+    elif args.catalogue:
+        from truepose_core.benchmark.catalogue import catalogue_tables, measure_catalogue
+
+        result = measure_catalogue(args.repeats)
+        say(catalogue_tables(result))
     elif args.host is not None or args.editors is not None:
         editors = args.editors is not None
         host = choose_host(args.editors if editors else args.host)

@@ -10,22 +10,39 @@ import sys
 from collections.abc import Sequence
 
 from truepose_core import __version__
-from truepose_core.cli import benchmark, carry, convert, demo, evaluate, inspect, models, train, transfer
+from truepose_core.cli import (
+    batch,
+    benchmark,
+    carry,
+    convert,
+    data,
+    demo,
+    evaluate,
+    inspect,
+    models,
+    study,
+    train,
+    transfer,
+)
 from truepose_core.cli.console import Console, HelpFormatter, Parser
 from truepose_core.errors import TruePoseError
 
 COMMANDS = {
     "demo": demo,
     "transfer": transfer,
+    "batch": batch,
     "carry": carry,
     "convert": convert,
     "inspect": inspect,
     "models": models,
+    "data": data,
     "train": train,
     "eval": evaluate,
+    "study": study,
     "benchmark": benchmark,
 }
 
+SEPARATOR = "--"
 EPILOG = """\
 start here:
   truepose demo --out demo-out            a picture of what the bundled model does, in under a minute
@@ -66,7 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
-        args = build_parser(command).parse_args(argv)
+        parser = build_parser(command)
+        rest: list[str] = []
+        if command in COMMANDS and hasattr(COMMANDS[command], "SEPARATOR"):
+            # argparse gives what stands behind it to nobody once the positional arguments are taken.
+            cut = argv.index(SEPARATOR) if SEPARATOR in argv else len(argv)
+            argv, rest = argv[:cut], argv[cut + 1 :]
+        args = parser.parse_args(argv)
+        args.rest = rest
         with Console(json_on_stdout=args.json, quiet=args.quiet) as console:
             COMMANDS[args.command].run(args, console)
         return 0

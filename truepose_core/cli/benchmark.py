@@ -12,6 +12,7 @@ DESCRIPTION = """\
 Measure, in one process and as ratios, what a step with HPFA costs beside a plain step at the attention shapes of SD1.5
 at 512x768 and SDXL at 1024x768; spare channels against a mask; kept K and V against projecting them at every step.
 With --body: seconds to lift, render and carry one person.
+With --catalogue: what reading a source once for several poses saves, and GPU hours for a million pictures (counted).
 With --host: whole guided steps of an SD1.5-shaped UNet inside ComfyUI, with its own Python, and the memory they add.
 With --editors: forwards of FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit with references, their configurations counted.
 """
@@ -19,6 +20,7 @@ EPILOG = """\
 examples:
   truepose benchmark --quick
   truepose benchmark --report benchmark.json
+  truepose benchmark --catalogue
   truepose benchmark --host ~/ComfyUI
   truepose benchmark --editors ~/ComfyUI
   truepose benchmark --device cuda --repeats 20 --report benchmark.json --overwrite

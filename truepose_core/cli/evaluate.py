@@ -17,6 +17,12 @@ from truepose_core.cli.console import (
     peak_memory,
     whole,
 )
+from truepose_core.cli.evaluate_pairs import (
+    add_pairs_arguments,
+    refuse_pairs_options,
+    refuse_table_options,
+    run_pairs,
+)
 from truepose_core.errors import TruePoseError
 
 if TYPE_CHECKING:
@@ -47,6 +53,9 @@ pasting back, and a swapped garment with the bundled model.
 
 With --field: the pose field's distance against the true one, on noise that training never saw. With --field-guidance:
 the share of joints that lie where they should (PCK) with that field's guidance and without, and what it costs.
+
+With --pairs-file: finished pictures instead of models. FID, LPIPS, SSIM and PSNR exactly as the code of PIDM, CFLD or
+PCDMs computes them, or torchmetrics with its defaults; figures compare under the same preset only.
 """
 EPILOG = """\
 examples:
@@ -59,6 +68,9 @@ examples:
   truepose eval --data mannequin --field
   truepose eval --data mannequin --field-guidance --field-scale 10 50 250
   truepose eval --data mannequin --depth-order --steps 2
+  truepose eval --pairs-file fashion-resize-pairs-test.csv --preset cfld --truth test_highres --results mine \
+      --real train_highres --save-real cfld-256.npz
+  truepose eval --pairs-file pairs.csv --preset pcdms --truth test --results mine --metrics ssim psnr --parsing maps
 """
 
 
@@ -164,11 +176,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first pairs")
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, ... (default: auto)")
+    add_pairs_arguments(parser)
     add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check the outputs, measure, print the table, then write. Returns what is in the JSON file."""
+    if args.pairs_file is not None:
+        refuse_table_options(args)
+        return run_pairs(args, console)
+    refuse_pairs_options(args)
     started = time.perf_counter()
     models = parse_models(args.model)
     from truepose_core.pictures.files import IMAGE_SUFFIXES, atomic_write, save_image

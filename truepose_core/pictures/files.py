@@ -160,24 +160,31 @@ def save_image(tensor: Tensor, path: str | os.PathLike[str], overwrite: bool = F
     tensor: float [1, C, H, W] or [C, H, W] with C = 3 or 1; values outside [0, 1] are clipped.
     Returns the path. Raises `TruePoseError` for another shape, NaN, or as `check_output`.
     """
+    path = check_output(path, overwrite, IMAGE_SUFFIXES)
+    return atomic_write(path, encode_image(tensor, path.suffix, f"{path}"), overwrite)
+
+
+def encode_image(tensor: Tensor, suffix: str = ".png", what: str = "an image") -> bytes:
+    """The bytes of an image file in 8 bits. tensor: as for `save_image`. suffix: one of `IMAGE_SUFFIXES`.
+
+    what: names it in errors. Raises `TruePoseError` for another shape, and NaN."""
     from PIL import Image
 
-    path = check_output(path, overwrite, IMAGE_SUFFIXES)
     image = tensor.detach()
     if image.dim() == 4 and image.shape[0] == 1:
         image = image[0]
     if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
         raise TruePoseError(
-            f"cannot save {tensor.dtype} {tuple(tensor.shape)} as {path}; expected one float image [1, 3, H, W]"
+            f"cannot save {tensor.dtype} {tuple(tensor.shape)} as {what}; expected one float image [1, 3, H, W]"
         )
     if not bool(image.isfinite().all()):
-        raise TruePoseError(f"cannot save {path}: the image holds NaN or infinite values")
+        raise TruePoseError(f"cannot save {what}: the image holds NaN or infinite values")
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
-    kind, options = _WRITE_FORMATS[path.suffix.lower()]
+    kind, options = _WRITE_FORMATS[suffix.lower()]
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
-    return atomic_write(path, buffer.getvalue(), overwrite)
+    return buffer.getvalue()
 
 
 def check_output(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from truepose_core.datasets.pairs import read_pairs
+from truepose_core.datasets.shards import Shards, is_prepared
 from truepose_core.errors import TruePoseError
 from truepose_core.framing.frame import fit
 from truepose_core.parsing import HumanParsing
@@ -15,47 +16,6 @@ from truepose_core.training.data import TrainingBatch
 
 _SHOWN = 200
 """Characters of a path that an error shows."""
-
-
-def read_pairs(table: Path) -> list[tuple[str, str]]:
-    """The (from, to) of every row of a csv file in UTF-8, with or without a byte-order mark; blanks around names do not
-    count. Raises TruePoseError, naming the line, for a file that is missing or cannot be read."""
-    if not table.is_file():
-        raise TruePoseError(f"{table} does not exist; expected a csv with the columns 'from' and 'to'")
-    pairs = []
-    try:
-        # Strict: a quote that nothing closes is an error, and not the rest of the file.
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, skipinitialspace=True, strict=True)
-            header = [name.strip() for name in next(rows, [])]
-            if not {"from", "to"} <= set(header):
-                raise TruePoseError(f"{table} has the columns {header}; expected 'from' and 'to'")
-            columns = header.index("from"), header.index("to")
-            for row in rows:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise TruePoseError(
-                        f"{table}, line {rows.line_num}: {len(row)} columns, and the first line has {len(header)}; "
-                        "expected as many. A name with a comma needs quotes"
-                    )
-                source, target = (row[column].strip() for column in columns)
-                if not source or not target:
-                    raise TruePoseError(f"{table}, line {rows.line_num}: a name is empty; expected two pictures")
-                pairs.append((source, target))
-    except UnicodeDecodeError as error:
-        raise TruePoseError(
-            f"{table} is not text in UTF-8 (byte {error.object[error.start]:#04x}); save it as csv in UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise TruePoseError(
-            f"{table}, line {rows.line_num}: {error}; expected two names separated by a comma, and every quote closed"
-        ) from error
-    except OSError as error:
-        raise TruePoseError(f"{table} cannot be read: {error.strerror}") from error
-    if not pairs:
-        raise TruePoseError(f"{table} lists no pair")
-    return pairs
 
 
 def _is_file(path: Path) -> bool:
@@ -119,18 +79,75 @@ class FolderPairs:
     def batch(self, sources: int, targets: int, rank: int = 0) -> TrainingBatch:
         """The batch of the current step: `sources` pictures with `targets` targets each (with repetition where a source
         has fewer)."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 4099 + rank)
-        chosen = [self.sources[i] for i in torch.randint(len(self.sources), (sources,), generator=generator)]
-        shown = []
-        for name in chosen:
-            mine = self.targets[name]
-            shown += [
-                mine[i % len(mine)] for i in torch.randperm(max(len(mine), targets), generator=generator)[:targets]
-            ]
-        a = [torch.stack(x) for x in zip(*map(self.load, chosen), strict=True)]
+        names, shown = self.chosen(sources, targets, rank)
+        a = [torch.stack(x) for x in zip(*map(self.load, names), strict=True)]
         b = [torch.stack(x) for x in zip(*map(self.load, shown), strict=True)]
         return TrainingBatch(a[0], HumanParsing(a[1]), a[2], b[0], HumanParsing(b[1]), b[2])
+
+    def chosen(self, sources: int, targets: int, rank: int) -> tuple[list[str], list[str]]:
+        """The names of the current step's sources, and of their targets one after the other."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 4099 + rank)
+        names = [self.sources[i] for i in torch.randint(len(self.sources), (sources,), generator=generator)]
+        return names, [shown for name in names for shown in _targets(self.targets[name], targets, generator)]
 
     def advance(self) -> None:
         """Go to the next step."""
         self.step += 1
+
+
+class ShardPairs(FolderPairs):
+    """The training pairs of a data set that `truepose data prepare` made.
+
+    Processes read without overlap: a step takes the next `sources` x `processes` sources of a shuffled epoch, each
+    process its own part of them, so that several processes see together what one sees with as many more sources.
+    """
+
+    def __init__(self, folder: str | Path, size: tuple[int, int], seed: int = 0, step: int = 0, processes: int = 1):
+        self.folder, self.size, self.seed, self.step, self.processes = Path(folder), size, seed, step, processes
+        self.shards = Shards(self.folder)
+        self.targets = {}
+        for source, target in self.shards.pairs():
+            self.targets.setdefault(source, []).append(target)
+        self.sources = sorted(self.targets)
+
+    def load(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(image [3, H, W], parsing masks [7, H, W], keypoints [18, 3]) at the training size."""
+        from truepose_core.pose import body_tensor
+
+        sample = self.shards.load(name)
+        frame = fit(tuple(sample.image.shape[-2:]), self.size)
+        body = frame.apply_keypoints(body_tensor([sample.person]))
+        return frame.apply(sample.image)[0], frame.apply_parsing(sample.parsing).masks[0], body[0]
+
+    def chosen(self, sources: int, targets: int, rank: int) -> tuple[list[str], list[str]]:
+        """As `FolderPairs.chosen`, from the epoch's order."""
+        first = (self.step * self.processes + rank) * sources
+        names, shown = [], []
+        for place in range(first, first + sources):
+            epoch, at = divmod(place, len(self.sources))
+            name = self.sources[self._order(epoch)[at]]
+            # Of the place alone, whichever process has it.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) * 4099)
+            names.append(name)
+            shown += _targets(self.targets[name], targets, generator)
+        return names, shown
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = epoch, torch.randperm(len(self.sources), generator=generator).tolist()
+        return self._epoch[1]
+
+    _epoch: tuple[int, list[int]] | None = None
+
+
+def pairs_of(folder: str, size: tuple[int, int], seed: int, step: int, processes: int) -> FolderPairs:
+    """The pairs of a folder: prepared shards, or pictures beside pairs.csv."""
+    if is_prepared(folder):
+        return ShardPairs(folder, size, seed, step, processes)
+    return FolderPairs(folder, size, seed, step)
+
+
+def _targets(names: list[str], count: int, generator: torch.Generator) -> list[str]:
+    """`count` of these names, with repetition where there are fewer."""
+    return [names[i % len(names)] for i in torch.randperm(max(len(names), count), generator=generator)[:count]]

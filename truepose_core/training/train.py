@@ -43,7 +43,7 @@ from truepose_core.training.checkpoint import (
     write_checkpoint,
 )
 from truepose_core.training.data import MannequinPool, TrainingBatch
-from truepose_core.training.folder import FolderPairs
+from truepose_core.training.folder import FolderPairs, pairs_of
 from truepose_core.weights.settings import compare_shapes
 from truepose_core.weights.strict import load_strict
 
@@ -64,8 +64,8 @@ class TrainingConfig:
 
     row: one of `ROWS`. steps: optimiser steps. sources, targets: people per step and target poses of each. keep: steps
     after which the averaged weights are written aside (for a table at equal budget). start: a model file of this row to
-    go on from with a fresh optimiser, or "" for random weights. base: a Stable Diffusion folder
-    whose UNet both nets start from, or "" for random weights. data: "mannequin", or a folder of pairs (`FolderPairs`).
+    go on from with a fresh optimiser, or "" for random weights. base: a Stable Diffusion folder whose UNet both nets
+    start from, or "" for random weights. data: "mannequin", or a folder of pairs (`pairs_of`).
     height, width: of the training pictures; 0 is the model's own size. first_source: a person's first pose in the
     mannequin's pool is always the source, so that its alignment to the others is made once. aligned_tokens: the
     source's tokens are also read aligned to the target pose (`source.align`; RePoseDM's form). human_prior: weight of
@@ -283,7 +283,8 @@ class Trainer:
                 quiet=self.quiet or not self.accelerator.is_main_process,
             )
         else:
-            self.pool = FolderPairs(config.data, model_config.size, seed=config.seed, step=start)
+            processes = self.accelerator.num_processes
+            self.pool = pairs_of(config.data, model_config.size, config.seed, start, processes)
 
     def _prepared(self) -> str:
         """What the pool has ready for the model of this run."""
@@ -304,18 +305,19 @@ class Trainer:
         return c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup), down)
 
     def loss(self, batch: TrainingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch; every random draw comes from (seed, step, process)."""
+        """The loss of a batch; every random draw comes from (seed, step), each process's part."""
         c, scheduler = self.config, self.scheduler
-        # One generator on the CPU, so that any device sees the same noise.
-        rank = self.accelerator.process_index
-        generator = torch.Generator().manual_seed((c.seed * 7_919 + step) * 4099 + rank)
+        # One generator on the CPU, so that any device sees the same noise; each process takes its part of what one
+        # process would draw for all.
+        generator = torch.Generator().manual_seed((c.seed * 7_919 + step) * 4099)
         clean = self.model.codec.encode(batch.target_image)
-        count = clean.shape[0]
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        steps = draw_timesteps(count, scheduler.config.num_train_timesteps, c.timestep_power, generator).to(
-            clean.device
-        )
-        keep_source, keep_pose = (x.to(clean.device) for x in draw_dropout(count, c.drop_source, c.drop_all, generator))
+        count, world = clean.shape[0], self.accelerator.num_processes
+        part = slice(count * self.accelerator.process_index, count * (self.accelerator.process_index + 1))
+        noise = torch.randn((count * world, *clean.shape[1:]), generator=generator)[part].to(clean)
+        drawn = draw_timesteps(count * world, scheduler.config.num_train_timesteps, c.timestep_power, generator)
+        steps = drawn[part].to(clean.device)
+        kept = draw_dropout(count * world, c.drop_source, c.drop_all, generator)
+        keep_source, keep_pose = (x[part].to(clean.device) for x in kept)
         if batch.twin is not None:
             noise, steps, keep_source, keep_pose = (
                 shared_by_twins(x, batch.twin) for x in (noise, steps, keep_source, keep_pose)

@@ -10,11 +10,12 @@ from cli.test_real_photo import sd_folder
 from PIL import Image
 
 from truepose_core.cli import main
+from truepose_core.datasets.pairs import read_pairs
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin import render_people
 from truepose_core.models.store import load_model
 from truepose_core.pose import Person, Pose, write_pose
-from truepose_core.training.folder import FolderPairs, read_pairs
+from truepose_core.training.folder import FolderPairs
 from truepose_core.training.train import Trainer, TrainingConfig
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from truepose_core.cli.opening import (
 from truepose_core.cli.transfer.bodies import check_body_options, load_smpl, posed_targets
 from truepose_core.cli.transfer.inputs import Target, read_targets
 from truepose_core.cli.transfer.maps import (
+    Guidance,
     PoseMaps,
     canvas_size,
     check_condition_options,
@@ -141,64 +143,24 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Read and check everything, then work, then write. Returns the report that --json prints."""
     started = time.perf_counter()
     console.doing(f"reading {args.source}")
-    model = choose_model(
-        args.model,
-        parse_choices(args.choose),
-        prompt=args.prompt,
-        controlnet=args.controlnet,
-        vae=args.vae,
-        image_encoder=args.image_encoder,
-    )
-    if args.strength is None:
-        args.strength = default_strength(model)
-    check_condition_options(args, model)
-    needs_parsing = reads_parsing(args, model)
-    check_options(args, needs_parsing)
-    field = choose_field(args, model)
-    guidance = choose_guidance(args.guidance_pose, args.guidance_source, model)
-    from truepose_core.framing.crop import paste_back
-    from truepose_core.regions import parse_region_weights, region_weights
-
-    omega = region_weights(parse_region_weights(args.region)) if args.region else None
+    plan = make_plan(args)
+    model, guidance, field = plan.model, plan.guidance, plan.field
     given = prepare(args, model, console)
     if given.photo.person is None and args.gamma:
         console.note("--gamma has no effect without --source-pose")
-    if given.photo.parsing is not None and not needs_parsing and args.frame is None:
+    if given.photo.parsing is not None and not plan.needs_parsing and args.frame is None:
         console.note("the parsing has no effect here: nothing was asked for by region")
 
     console.doing(f"opening the model {model.name}")
     opened = open_model(model, args.device, args.dtype)
     _tell_about_model(opened, model, console)
-    steps = args.steps or (model.config.steps if model.is_cfld else STEPS[opened.pipe.model.config.codec])
-    options = {
-        "guidance_pose": guidance.pose,
-        "guidance_source": guidance.source,
-        "strength": args.strength,
-        "region_weights": omega,
-        "beta": args.beta,
-        "gamma": args.gamma,
-        "context": opened.context,
-        "pooled": opened.pooled,
-        **given.canvas,
-    }
-    if args.source_once:
-        options["source_once"] = True
-    if args.style:
-        options["style"] = args.style
-    if field is not None:
-        options["field_guidance"] = field
+    steps = steps_of(args, plan, opened)
     with memory_errors(opened.device):
         before = time.perf_counter()
-        reading = None if args.source_reading is None else args.source_reading.replace("-", " ")
-        how = {"source_reading": reading, "levels": args.levels or LEVELS}
-        features = _encode(opened, given, needs_parsing, console, how if model.is_folder else {})
+        features = read_source(args, plan, given, opened, console)
         encoded = time.perf_counter()
-        pictures = _sample(opened, features, given, steps, args.seed, args.batch, options, args.quiet)
+        pictures = list(make_pictures(args, plan, given, opened, features))
     sampled = time.perf_counter()
-    if args.paste_back is not None:
-        pictures = [
-            paste_back(given.photo.image, picture, [given.crop], feather=args.paste_back)[0] for picture in pictures
-        ]
     _write(pictures, given.targets, Path(args.out), args.overwrite)
 
     memory = peak_memory(opened.device)
@@ -245,6 +207,87 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     console.report(report)
     return report
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options say before any picture is read. needs_parsing: whether the model reads the source's parsing.
+    omega: the weight of each region, or None for 1."""
+
+    model: ModelChoice
+    guidance: Guidance
+    field: FieldGuidance | None
+    omega: Tensor | None
+    needs_parsing: bool
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Check the options against each other and the model. Raises TruePoseError."""
+    from truepose_core.regions import parse_region_weights, region_weights
+
+    model = choose_model(
+        args.model,
+        parse_choices(args.choose),
+        prompt=args.prompt,
+        controlnet=args.controlnet,
+        vae=args.vae,
+        image_encoder=args.image_encoder,
+    )
+    if args.strength is None:
+        args.strength = default_strength(model)
+    check_condition_options(args, model)
+    needs_parsing = reads_parsing(args, model)
+    check_options(args, needs_parsing)
+    field = choose_field(args, model)
+    guidance = choose_guidance(args.guidance_pose, args.guidance_source, model)
+    omega = region_weights(parse_region_weights(args.region)) if args.region else None
+    return Plan(model, guidance, field, omega, needs_parsing)
+
+
+def steps_of(args: argparse.Namespace, plan: Plan, opened: Opened) -> int:
+    """Sampling steps: --steps, or the model's own."""
+    return args.steps or (plan.model.config.steps if plan.model.is_cfld else STEPS[opened.pipe.model.config.codec])
+
+
+def read_source(
+    args: argparse.Namespace, plan: Plan, given: Inputs, opened: Opened, console: Console
+) -> SourceFeatures | CFLDSource:
+    """The source's features, once for all poses."""
+    reading = None if args.source_reading is None else args.source_reading.replace("-", " ")
+    how = {"source_reading": reading, "levels": args.levels or LEVELS}
+    return _encode(opened, given, plan.needs_parsing, console, how if plan.model.is_folder else {})
+
+
+def make_pictures(
+    args: argparse.Namespace, plan: Plan, given: Inputs, opened: Opened, features: SourceFeatures | CFLDSource
+) -> Iterator[Tensor]:
+    """The picture [1, 3, H, W] of each target, as it is done."""
+    from truepose_core.framing.crop import paste_back
+
+    options = {
+        "guidance_pose": plan.guidance.pose,
+        "guidance_source": plan.guidance.source,
+        "strength": args.strength,
+        "region_weights": plan.omega,
+        "beta": args.beta,
+        "gamma": args.gamma,
+        "context": opened.context,
+        "pooled": opened.pooled,
+        **given.canvas,
+    }
+    if args.source_once:
+        options["source_once"] = True
+    if args.style:
+        options["style"] = args.style
+    if plan.field is not None:
+        options["field_guidance"] = plan.field
+    for picture in _sample(
+        opened, features, given, steps_of(args, plan, opened), args.seed, args.batch, options, args.quiet
+    ):
+        if args.paste_back is None:
+            yield picture
+        else:
+            yield paste_back(given.photo.image, picture, [given.crop], feather=args.paste_back)[0]
 
 
 def choose_field(args: argparse.Namespace, model: ModelChoice) -> FieldGuidance | None:
@@ -388,12 +431,11 @@ def _sample(
     batch: int,
     options: dict[str, Any],
     quiet: bool,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """One picture [1, 3, H, W] per target. All have the same seed: a picture depends on its own pose only."""
     import torch
     from tqdm.auto import tqdm
 
-    pictures: list[Tensor] = []
     width, height = given.made
     # The two pipelines have defaults of their own, and CFLD's knows fewer options.
     options = {name: value for name, value in options.items() if value is not None}
@@ -413,8 +455,7 @@ def _sample(
                 **({} if maps is None else {"pose_map": maps}),
                 **options,
             ).images
-            pictures += images.split(1)
-    return pictures
+            yield from images.split(1)
 
 
 def standing() -> Tensor:

@@ -1,0 +1,1 @@
+"""Published lists of pairs, keypoints beside pictures, and shards of prepared pictures."""
