@@ -50,12 +50,14 @@ from . import (  # noqa: E402
     source,
     view,
 )
+from .host.files import lay_out_photos  # noqa: E402
 
 
 class TruePoseExtension(ComfyExtension):
-    """Every node of the pack."""
+    """Every node of the pack. Hosts before 0.19 call no `on_load`: what is to be done at the start is done here."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        lay_out_photos()
         modules = (
             model,
             source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import folder_paths
 from truepose_core.networks.known import Progress
 
 FOLDER = "truepose"
+PHOTOS = Path(__file__).resolve().parents[2] / "workflows" / "input"
 log = logging.getLogger("truepose")
 SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".ckpt", ".bin", ".npz")
 
@@ -28,6 +30,21 @@ def register_folder() -> None:
         log.warning("%s cannot be made (%s); TruePose models are looked for elsewhere only", own, error.strerror)
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, *SUFFIXES})
+
+
+def lay_out_photos() -> None:
+    """Put the photos that workflows start on into the host's temp folder, as truepose/NAME.
+
+    Load Image reads them there as "truepose/NAME [temp]". The host empties that folder at every start, and nobody
+    keeps anything in it: the input folder is the user's.
+    """
+    folder = Path(folder_paths.get_temp_directory()) / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for photo in sorted(PHOTOS.glob("*.jpg")):
+            shutil.copyfile(photo, folder / photo.name)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); choose a photo of your own in the workflows", folder, error.strerror)
 
 
 def files(suffix: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Small files in place of what a user has: a photo, networks that read its pose, an IP-Adapter.
+"""Small files in place of what a user has: networks that read a photo's pose, an IP-Adapter.
 
 The pose networks look at nothing. They have the inputs and outputs of YOLOX and DWPose, and answer with the box and the
 keypoints of the one photo they are made for: everything around the networks is put to the test, nothing in them.
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from truepose_core.networks.known import KNOWN
 
@@ -21,41 +20,6 @@ PADDING = 1.25
 """How much larger than the person's box the crop is that DWPose gets."""
 COCO = (0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10)
 """Where each of COCO's 17 keypoints is among OpenPose's 18."""
-
-PHOTOS = ("example.png", "other.png")
-
-
-def mannequin_photo(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture [H, W, 3] in which somebody stands who fills less than half of it, and the keypoints [18, 3]."""
-    from truepose_core.mannequin import ready_poses, render, sample_identities
-
-    shown = render(sample_identities([seed], 1), ready_poses()["akimbo"], 384, 288, supersample=1)
-    pixels = (shown.image[0].movedim(0, -1).numpy() * 255).round().astype(np.uint8)
-    body = shown.keypoints[0].numpy() * (288, 384, 1) + (176, 128, 0)
-    return np.pad(pixels, ((128, 128), (176, 176), (0, 0)), mode="edge"), body * (body[:, 2:] > 0)
-
-
-def astronaut() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-image's portrait of Eileen Collins, and its keypoints, set by hand."""
-    import importlib.util
-
-    from skimage import data
-
-    file = Path(__file__).resolve().parents[1] / "core" / "photo.py"
-    spec = importlib.util.spec_from_file_location("core_photo", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    body = np.zeros((18, 3))
-    for number, (x, y) in module.KEYPOINTS.items():
-        body[number] = x, y, 1
-    return data.astronaut(), body
-
-
-def save_photo(folder: Path, picture: np.ndarray, body: np.ndarray) -> None:
-    """Write a photo [H, W, 3] into a host's input folder, and networks that know its keypoints [18, 3] (pixels)."""
-    (folder / "input").mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(folder / "input" / PHOTOS[0])
-    save_networks(folder / "models" / "truepose", picture.shape[:2], body)
 
 
 def save_networks(folder: Path, size: tuple[int, int], body: np.ndarray) -> None:

@@ -6,6 +6,11 @@ with graph.group("Source"):
     source = graph.add("TruePoseSourceNetEncode", image=person["image"], ...)
 graph.workflow()            # what is saved in workflows/*.json
 to_api(workflow, info)      # what the page would post to /prompt
+
+block = Block(info, "Photo to Source", "what it does")
+block.graph.add("TruePoseFramePerson", image=block.takes("photo", "IMAGE"), margin=block.widget(...))
+graph.add_block(block, photo=...)   # a node of a graph that is a graph itself: the page's subgraph
+blueprint(block)            # what is saved in subgraphs/*.json, for the page's node library
 """
 
 from __future__ import annotations
@@ -20,10 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CORE_VERSION = "0.19.3"
 NOTE = "MarkdownNote"
+INPUTS, OUTPUTS = -10, -20
+"""Where the links of a subgraph begin and end: the page's numbers for its two sides."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 GAP, HEAD, ROW, WIDGET = 60, 10, 20, 24
 SCREEN = 1100
 """How high a column may be: about a screen at the size in which one reads."""
+EXAMPLES = ("truepose/person.jpg [temp]", "truepose/other.jpg [temp]")
+"""The photos that workflows start on, as the host names them: the pack lays them there (nodes/host/files.py)."""
 FACES = frozenset(
     {
         "LoadImage",
@@ -69,14 +78,19 @@ def declared(node: dict) -> list[tuple[str, list, bool]]:
     ]
 
 
+def kind_of(declaration: list) -> str:
+    """The type of an input; older notation lists the choices of a combo in its place."""
+    return declaration[0] if isinstance(declaration[0], str) else "COMBO"
+
+
 def fits(kind: str, declaration: list) -> bool:
     """Whether an output of this type may go into an input; an input of several types names them with commas."""
-    return isinstance(declaration[0], str) and kind in declaration[0].split(",")
+    return kind in kind_of(declaration).split(",")
 
 
 def is_widget(declaration: list) -> bool:
     settings = declaration[1] if len(declaration) > 1 else {}
-    return (isinstance(declaration[0], list) or declaration[0] in WIDGETS) and not settings.get("forceInput")
+    return kind_of(declaration) in WIDGETS and not settings.get("forceInput")
 
 
 def options_of(declaration: list) -> list | None:
@@ -108,11 +122,12 @@ def joined_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class Out:
-    """An output of a node."""
+    """An output of a node. value: what a widget shows that is linked to it."""
 
     node: int
     slot: int
     kind: str
+    value: object = None
 
 
 @dataclass
@@ -129,6 +144,7 @@ class Node:
     room: int = 0
     width: int = WIDTH
     at: tuple[int, int] = (0, 0)
+    block: Block | None = None
 
     def __getitem__(self, name: str) -> Out:
         names = [n.lower() for n in self.info["output_name"]]
@@ -178,6 +194,10 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     links: list[list] = field(default_factory=list)
     groups: list[tuple[str, list[Node]]] = field(default_factory=list)
+    ends: list[tuple[Out, int]] = field(default_factory=list)
+    """Of a block: what goes to its outputs, (output of a node, slot)."""
+    before: int = 0
+    """Nodes are numbered from the next number on."""
 
     @contextmanager
     def group(self, title: str) -> Iterator[None]:
@@ -187,7 +207,7 @@ class Graph:
     def note(self, text: str, height: int) -> None:
         """A note in the graph, in Markdown. Lines of a paragraph or of an item are joined."""
         info = {"output": [], "output_name": []}
-        self._place(Node(len(self.nodes) + 1, NOTE, None, info, {}, [], joined_lines(text), height))
+        self._place(Node(self.before + len(self.nodes) + 1, NOTE, None, info, {}, [], joined_lines(text), height))
 
     def add(
         self,
@@ -211,8 +231,15 @@ class Graph:
             linked = not is_widget(declaration)
             assert not (required and linked and name not in inputs), f"{type_}.{name} is not connected"
         assert room >= FACE or type_ not in FACES, f"{type_} shows a picture; leave room for it"
-        node = Node(len(self.nodes) + 1, type_, title, info, dict(inputs), list(models), "", room)
+        node = Node(self.before + len(self.nodes) + 1, type_, title, info, dict(inputs), list(models), "", room)
         self._place(node)
+        return node
+
+    def add_block(self, block: Block, title: str | None = None, **inputs: object) -> Node:
+        """Add a block as one node. inputs: as for `add`, by the block's names."""
+        self.info = {**self.info, block.id: block.info}
+        node = self.add(block.id, title or block.name, block.models, **inputs)
+        node.block = block
         return node
 
     def _place(self, node: Node) -> None:
@@ -228,7 +255,8 @@ class Graph:
         assert is_widget(declaration), f"{where} needs a link"
         options, settings = options_of(declaration), _settings(declaration)
         if options is not None:
-            assert given in options or given in [m["name"] for m in models], f"{where}: {given!r} is not offered"
+            offered = (*options, *(m["name"] for m in models), *EXAMPLES)
+            assert given in offered, f"{where}: {given!r} is not offered"
         elif declaration[0] in ("INT", "FLOAT"):
             assert settings.get("min", given) <= given <= settings.get("max", given), (
                 f"{where}: {given} is out of range"
@@ -253,27 +281,37 @@ class Graph:
 
     def workflow(self) -> dict:
         """The workflow as the page saves it."""
+        drawn = self.drawn()
+        blocks = {node.block.id: node.block for node in self.nodes if node.block is not None}
+        found = {
+            "id": _uuid(self.name),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(drawn["links"]),
+            **drawn,
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [60, 120]}},
+            "version": 0.4,
+        }
+        if blocks:
+            found["definitions"] = {"subgraphs": [block.definition() for block in blocks.values()]}
+        return found
+
+    def drawn(self) -> dict[str, list]:
+        """Nodes, links and groups, placed."""
         groups = self._lay_out()
         links: list[list] = []
         outgoing: dict[tuple[int, int], list[int]] = {}
         saved = []
         for node in self.nodes:
             saved.append(self._save(node, links, outgoing))
+        for out, slot in self.ends:
+            links.append([len(links) + 1, out.node, out.slot, OUTPUTS, slot, out.kind])
+            outgoing.setdefault((out.node, out.slot), []).append(len(links))
         for one in saved:
             for slot, output in enumerate(one["outputs"]):
                 output["links"] = outgoing.get((one["id"], slot), [])
-        return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{pack_identity()[0]}/{self.name}")),
-            "revision": 0,
-            "last_node_id": len(self.nodes),
-            "last_link_id": len(links),
-            "nodes": saved,
-            "links": links,
-            "groups": groups,
-            "config": {},
-            "extra": {"ds": {"scale": 0.6, "offset": [60, 120]}},
-            "version": 0.4,
-        }
+        return {"nodes": saved, "links": links, "groups": groups}
 
     def _save(self, node: Node, links: list[list], outgoing: dict) -> dict:
         one = {
@@ -296,20 +334,24 @@ class Graph:
             one["title"] = node.title
         if node.type == NOTE:
             return one | {"widgets_values": [node.text], "color": "#2a2520", "bgcolor": "#3a3328"}
-        ours = node.type.startswith("TruePose")
+        ours = node.type.startswith("TruePose") or node.block is not None
         name, version = pack_identity() if ours else ("comfy-core", CORE_VERSION)
         one["properties"] = {"cnr_id": name, "ver": version, "Node name for S&R": node.type}
-        if node.models:
+        if node.models and node.block is None:
             one["properties"]["models"] = node.models
-        for key, declaration, _ in declared(node.info):
+        # The page knows inputs by name, but in and of a block by their number: sockets first, then every widget.
+        numbered = self.before > 0 or node.block is not None
+        inputs = declared(node.info)
+        for key, declaration, _ in sorted(inputs, key=lambda one: is_widget(one[1])) if numbered else inputs:
             given = node.values.get(key)
             linked = isinstance(given, Out)
-            slot = {"name": key, "type": declaration[0], "link": None}
+            slot = {"name": key, "type": kind_of(declaration), "link": None}
             if is_widget(declaration):
-                one["widgets_values"].append(_value(declaration) if given is None or linked else given)
+                value = given.value if linked else given
+                one["widgets_values"].append(_value(declaration) if value is None else value)
                 if has_control(key, declaration):
                     one["widgets_values"].append("fixed")
-                if not linked:
+                if not linked and not numbered:
                     continue
                 slot["widget"] = {"name": key}
             if linked:
@@ -330,24 +372,180 @@ def _value(declaration: list) -> object:
     return {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}[declaration[0]]
 
 
+@dataclass
+class Block:
+    """A graph that is one node of another one: what the page calls a subgraph, and saves as a blueprint."""
+
+    host: dict
+    name: str
+    text: str
+    """Shown in the page's node library."""
+    before: int
+    """The page wants numbers that no other node of a workflow has, in its blocks or around them."""
+    graph: Graph = field(init=False)
+    info: dict = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.graph = Graph(self.host, self.name, before=self.before)
+        self.info = {"input": {"required": {}}, "input_order": {"required": []}, "output": [], "output_name": []}
+        self.info["description"] = self.text
+
+    @property
+    def id(self) -> str:
+        return _uuid(f"subgraphs/{self.name}")
+
+    @property
+    def models(self) -> tuple[dict, ...]:
+        """Files that nodes in it want."""
+        return tuple(model for node in self.graph.nodes for model in node.models)
+
+    def takes(self, name: str, kind: str) -> Out:
+        """A socket of the block; its other end, for nodes inside. Sockets come before widgets."""
+        return self._input(name, [kind, {}], None)
+
+    def widget(self, type_: str, widget: str, value: object, name: str | None = None) -> Out:
+        """A widget of a node inside as the block's own, by another name if given; for that node's input."""
+        known = {name: declaration for name, declaration, _ in declared(self.host[type_])}
+        settings = {**_settings(known[widget]), "default": value, "control_after_generate": False}
+        return self._input(name or widget, [known[widget][0], settings], value)
+
+    def _input(self, name: str, declaration: list, value: object) -> Out:
+        order = self.info["input_order"]["required"]
+        order.append(name)
+        self.info["input"]["required"][name] = declaration
+        return Out(INPUTS, len(order) - 1, kind_of(declaration), value)
+
+    def gives(self, name: str, out: Out) -> None:
+        """An output of the block."""
+        self.graph.ends.append((out, len(self.info["output"])))
+        self.info["output"].append(out.kind)
+        self.info["output_name"].append(name)
+
+    def definition(self) -> dict:
+        """The subgraph as the page saves it."""
+        drawn = self.graph.drawn()
+        names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+        links = [dict(zip(names, link, strict=True)) for link in drawn["links"]]
+        boxes = [group["bounding"] for group in drawn["groups"]]
+        left, right = min(box[0] for box in boxes) - 240, max(box[0] + box[2] for box in boxes) + 80
+        inputs, outputs = ([], [])
+        for slot, (name, declaration, _) in enumerate(declared(self.info)):
+            ids = [link["id"] for link in links if link["origin_id"] == INPUTS and link["origin_slot"] == slot]
+            assert ids, f"nothing in {self.name} takes {name}"
+            inputs.append(self._side("in", slot, name, kind_of(declaration), ids, left + 140))
+        for slot, (name, kind) in enumerate(zip(self.info["output_name"], self.info["output"], strict=True)):
+            ids = [link["id"] for link in links if link["target_id"] == OUTPUTS and link["target_slot"] == slot]
+            outputs.append(self._side("out", slot, name, kind, ids, right + 20))
+        return {
+            "id": self.id,
+            "version": 1,
+            "state": {
+                "lastGroupId": len(drawn["groups"]),
+                "lastNodeId": drawn["nodes"][-1]["id"],
+                "lastLinkId": len(links),
+                "lastRerouteId": 0,
+            },
+            "revision": 0,
+            "config": {},
+            "name": self.name,
+            "category": "TruePose",
+            "inputNode": {"id": INPUTS, "bounding": [left, 0, 160, 40 + 20 * len(inputs)]},
+            "outputNode": {"id": OUTPUTS, "bounding": [right, 0, 160, 40 + 20 * len(outputs)]},
+            "inputs": inputs,
+            "outputs": outputs,
+            "widgets": [],
+            **drawn,
+            "links": links,
+            "extra": {"BlueprintDescription": self.text},
+        }
+
+    def _side(self, side: str, slot: int, name: str, kind: str, links: list[int], x: float) -> dict:
+        number = _uuid(f"subgraphs/{self.name}/{side}/{name}")
+        return {"id": number, "name": name, "type": kind, "linkIds": links, "pos": [x, 20 + 20 * slot]}
+
+
+def blueprint(block: Block) -> dict:
+    """A workflow that is nothing but the block: what the page's node library offers."""
+    graph = Graph(block.host, f"subgraphs/{block.name}.json", groups=[("", [])])
+    node = Node(1, block.id, block.name, block.info, {}, [], block=block)
+    graph._place(node)
+    extra = {"BlueprintDescription": block.text, "BlueprintSearchAliases": ["TruePose", "pose transfer", "same person"]}
+    return graph.workflow() | {"groups": [], "extra": extra}
+
+
+def _uuid(name: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{pack_identity()[0]}/{name}"))
+
+
+def all_nodes(workflow: dict) -> list[dict]:
+    """The nodes of a workflow and of its blocks, without the nodes that stand for blocks."""
+    blocks = workflow.get("definitions", {}).get("subgraphs", [])
+    ids = {block["id"] for block in blocks}
+    return [node for graph in (workflow, *blocks) for node in graph["nodes"] if node["type"] not in ids]
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """A graph, or one use of a block, on the way to what the page posts."""
+
+    prefix: str
+    nodes: dict[int, dict]
+    links: dict[int, tuple[int, int]]
+    ends: dict[int, int]
+    outer: _Scope | None = None
+    user: dict | None = None
+
+
 def to_api(workflow: dict, info: dict) -> dict[str, dict]:
-    """A workflow as POST /prompt takes it. Raises KeyError for a node type that the host does not have."""
-    links = {link[0]: link for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] == NOTE:
-            continue
-        values = iter(node["widgets_values"])
-        inputs: dict[str, object] = {}
-        for name, declaration, _ in declared(info[node["type"]]):
-            if is_widget(declaration):
-                inputs[name] = next(values)
-                if has_control(name, declaration):
-                    next(values)
-        assert next(values, None) is None, f"{node['type']} has values left over"
-        for slot in node["inputs"]:
-            if slot["link"] is not None:
-                _, source, output, *_ = links[slot["link"]]
-                inputs[slot["name"]] = [str(source), output]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    """A workflow as POST /prompt takes it, its blocks opened: their nodes are "NODE:NODE INSIDE".
+
+    Raises KeyError for a node type that the host does not have.
+    """
+    blocks = {block["id"]: block for block in workflow.get("definitions", {}).get("subgraphs", [])}
+    prompt: dict[str, dict] = {}
+
+    def inside(scope: _Scope, node: dict) -> _Scope:
+        block = blocks[node["type"]]
+        links = {link["id"]: (link["origin_id"], link["origin_slot"]) for link in block["links"]}
+        ends = {link["target_slot"]: link["id"] for link in block["links"] if link["target_id"] == OUTPUTS}
+        nodes = {one["id"]: one for one in block["nodes"]}
+        return _Scope(f"{scope.prefix}{node['id']}:", nodes, links, ends, scope, node)
+
+    def origin(scope: _Scope, link: int) -> object:
+        """[node, output] that a link comes from, or the value of a block's widget."""
+        number, slot = scope.links[link]
+        if number == INPUTS:
+            socket = scope.user["inputs"][slot]
+            if socket["link"] is not None:
+                return origin(scope.outer, socket["link"])
+            named = [one["name"] for one in scope.user["inputs"] if "widget" in one]
+            return scope.user["widgets_values"][named.index(socket["name"])]
+        node = scope.nodes[number]
+        if node["type"] in blocks:
+            within = inside(scope, node)
+            return origin(within, within.ends[slot])
+        return [f"{scope.prefix}{number}", slot]
+
+    def add(scope: _Scope) -> None:
+        for node in scope.nodes.values():
+            if node["type"] == NOTE:
+                continue
+            if node["type"] in blocks:
+                add(inside(scope, node))
+                continue
+            values = iter(node["widgets_values"])
+            inputs: dict[str, object] = {}
+            for name, declaration, _ in declared(info[node["type"]]):
+                if is_widget(declaration):
+                    inputs[name] = next(values)
+                    if has_control(name, declaration):
+                        next(values)
+            assert next(values, None) is None, f"{node['type']} has values left over"
+            for slot in node["inputs"]:
+                if slot["link"] is not None:
+                    inputs[slot["name"]] = origin(scope, slot["link"])
+            prompt[f"{scope.prefix}{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
+
+    links = {number: (source, output) for number, source, output, *_ in workflow["links"]}
+    add(_Scope("", {node["id"]: node for node in workflow["nodes"]}, links, {}))
     return prompt

@@ -13,16 +13,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "tests" / "host")]
 
-from graph import ROOT, Graph, Node, Out  # noqa: E402
-from small_files import PHOTOS, astronaut, mannequin_photo, save_photo  # noqa: E402
+from graph import EXAMPLES, ROOT, Block, Graph, Node, Out, blueprint  # noqa: E402
+from photos import PEOPLE, person_photo  # noqa: E402
+from small_files import save_networks  # noqa: E402
 
 from truepose_core.networks.known import KNOWN  # noqa: E402
 from truepose_core.parsing.spec import BUILT_IN  # noqa: E402
 
-WORKFLOWS = ROOT / "workflows"
+WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
 HUB = "https://huggingface.co"
 SD15 = {
     "name": "v1-5-pruned-emaonly-fp16.safetensors",
@@ -105,8 +108,8 @@ POSE_FILES = tuple(
     {"name": KNOWN[name].file, "url": KNOWN[name].url, "directory": "truepose"} for name in ("dwpose", "yolox-l")
 )
 """What Estimate Pose finds by itself."""
-PHOTO = PHOTOS[0]
-"""The host's own picture, which every installation has: it keeps the place of the user's."""
+PHOTO, OTHER_PHOTO = EXAMPLES
+"""Drawn people that keep the place of the user's photos."""
 
 PROMPT = "full body photo of a person, plain studio background, sharp focus"
 NEGATIVE = "blurry, deformed, extra limbs, cropped, text, watermark"
@@ -470,7 +473,8 @@ def framed_person(graph: Graph, name: str, margin: float) -> tuple[Node, Node, N
     """A photo as far as the crop around its person, in one group: (the photo, its parsing, the crop)."""
     of = f": {name}" if name else ""
     with graph.group(f"Photo{of.replace(':', ' of')}"):
-        photo = graph.add("LoadImage", title=f"Your photo{of}", image=PHOTO, room=PREVIEW)
+        shown = OTHER_PHOTO if name == "B" else PHOTO
+        photo = graph.add("LoadImage", title=f"Your photo{of}", image=shown, room=PREVIEW)
         pose = graph.add(
             "TruePoseEstimatePose",
             title=f"Estimate Pose{of}",
@@ -518,48 +522,68 @@ def pasted(graph: Graph, photo: Node, picture: Node, frame: Node, prefix: str, *
 PHOTO_PROMPT = "photo of a person, natural light, sharp focus"
 
 
-def photo_to_pose(graph: Graph) -> None:
-    with graph.group("Start here"):
-        graph.note(
-            """
-            # The person of a photo in another pose
-            1. **Choose a photo** in *Your photo*: one person, large and whole.
-            2. **Choose a pose** in *Pose Gallery*.
-            3. Write in *Prompt* what the photo shows, and press **Run**.
-
-            The person is found, cut out to the model's size, read once, posed in their own proportions, and the
-            picture goes back into the photo.
-
-            You need a checkpoint and an OpenPose ControlNet (links in the two loaders), and two small networks that
-            read the pose. Any other SD1.5 checkpoint will do; one for photos does better.
-            """,
-            360,
-        )
-        loader = checkpoint(graph, SD15)
-        control = graph.add("ControlNetLoader", models=(OPENPOSE_SD15,), control_net_name=OPENPOSE_SD15["name"])
-        graph.note(WANTED, 210)
-    photo, _, frame = framed_person(graph, "", 0.2)
-    with graph.group("Source person"):
-        source = read_frame(graph, loader, frame)
-        graph.note(BETTER_PARSING, 330)
-        graph.note(
-            """
-            ## Frame Person
-            The crop is one of the model's own sizes and is not stretched. **margin** is the room around the person:
-            more for poses that reach further. In a group, **person** says who is meant. For SDXL choose its
-            **sizes**, its checkpoint and its ControlNet.
-            """,
-            170,
-        )
-    with graph.group("Target pose"):
-        gallery = graph.add(
-            "TruePosePoseGallery",
-            name="hand on hip",
-            width=frame["width"],
-            height=frame["height"],
+def photo_to_source(info: dict) -> Block:
+    """From a photo to the source that Apply HPFA takes, as one node."""
+    text = "Finds the person of a photo, crops to the model's size, and reads them for Apply HPFA."
+    block = Block(info, "Photo to Source", text, before=100)
+    graph = block.graph
+    photo = block.takes("photo", "IMAGE")
+    model, vae = block.takes("model", "MODEL"), block.takes("vae", "VAE")
+    download = block.widget("TruePoseEstimatePose", "download", False)
+    with graph.group("Where the person is"):
+        pose = graph.add("TruePoseEstimatePose", models=POSE_FILES, image=photo, download=download, room=PREVIEW)
+        parsing = graph.add(
+            "TruePoseHumanParsing",
+            image=photo,
+            pose=pose["pose"],
+            parser=block.widget("TruePoseHumanParsing", "parser", "from keypoints (no model)"),
+            download=download,
             room=PREVIEW,
         )
-        target = graph.add("TruePoseRetargetPose", target=gallery["pose"], source=frame["pose"], room=PREVIEW)
+    with graph.group("Cut out and read"):
+        frame = graph.add(
+            "TruePoseFramePerson",
+            image=photo,
+            parsing=parsing["parsing"],
+            pose=pose["pose"],
+            sizes=block.widget("TruePoseFramePerson", "sizes", "SD1.5"),
+            margin=block.widget("TruePoseFramePerson", "margin", 0.2),
+            person=block.widget("TruePoseFramePerson", "person", -1),
+        )
+        source = graph.add(
+            "TruePoseSourceNetEncode",
+            model=model,
+            vae=vae,
+            image=frame["image"],
+            parsing=frame["parsing"],
+            pose=frame["pose"],
+        )
+    block.gives("source", source["source"])
+    for name in ("image", "parsing", "pose", "crop"):
+        block.gives(name, frame[name])
+    return block
+
+
+def pose_transfer(info: dict) -> Block:
+    """From a source to its person in another pose, as one node."""
+    text = "Shows the person of a source in a pose of the gallery, and puts the picture back into their photo."
+    block = Block(info, "Pose Transfer", text, before=200)
+    graph = block.graph
+    kinds = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "source": "TRUEPOSE_SOURCE"}
+    kinds |= {"source_image": "IMAGE", "source_pose": "POSE_KEYPOINT", "photo": "IMAGE", "crop": "TRUEPOSE_CROP"}
+    given = {name: block.takes(name, kind) for name, kind in kinds.items()}
+    with graph.group("Target pose"):
+        # A block's number that goes into a widget becomes the block's own widget: the size is read off the picture.
+        size = graph.add("GetImageSize", image=given["source_image"])
+        gallery = graph.add(
+            "TruePosePoseGallery",
+            name=block.widget("TruePosePoseGallery", "name", "hand on hip", "pose"),
+            mirror=block.widget("TruePosePoseGallery", "mirror", False),
+            width=size["width"],
+            height=size["height"],
+            room=PREVIEW,
+        )
+        target = graph.add("TruePoseRetargetPose", target=gallery["pose"], source=given["source_pose"], room=PREVIEW)
         graph.note(
             """
             ## Another pose
@@ -569,41 +593,106 @@ def photo_to_pose(graph: Graph) -> None:
             150,
         )
     with graph.group("Prompt"):
-        prompts = prompted(graph, loader["CLIP"], PHOTO_PROMPT)
-        posed = controlled(graph, prompts, control, target["image"], loader["VAE"])
-        latent = graph.add("EmptyLatentImage", width=frame["width"], height=frame["height"])
+        texts = {"prompt": PHOTO_PROMPT, "negative prompt": NEGATIVE}
+        prompts = tuple(
+            graph.add(
+                "CLIPTextEncode",
+                title=name.capitalize(),
+                clip=given["clip"],
+                text=block.widget("CLIPTextEncode", "text", words, name),
+            )["CONDITIONING"]
+            for name, words in texts.items()
+        )
+        control = graph.add(
+            "ControlNetLoader",
+            models=(OPENPOSE_SD15,),
+            control_net_name=block.widget("ControlNetLoader", "control_net_name", OPENPOSE_SD15["name"]),
+        )
+        posed = controlled(graph, prompts, control, target["image"], given["vae"])
+        latent = graph.add("EmptyLatentImage", width=size["width"], height=size["height"])
     with graph.group("Picture"):
         patched = graph.add(
             "TruePoseApplyHPFA",
-            model=loader["MODEL"],
-            source=source["source"],
+            model=given["model"],
+            source=given["source"],
             target_pose=target["pose"],
+            background=block.widget("TruePoseApplyHPFA", "background", 1.0),
         )
-        done = sampled(graph, patched["model"], posed["positive"], posed["negative"], latent["LATENT"])
-        picture = graph.add("VAEDecode", samples=done["LATENT"], vae=loader["VAE"])
+        done = sampled(
+            graph,
+            patched["model"],
+            posed["positive"],
+            posed["negative"],
+            latent["LATENT"],
+            seed=block.widget("KSampler", "seed", 1),
+            steps=block.widget("KSampler", "steps", 25),
+            cfg=block.widget("KSampler", "cfg", 6.0),
+        )
+        picture = graph.add("VAEDecode", samples=done["LATENT"], vae=given["vae"])
+        back = graph.add(
+            "TruePosePasteBack", photo=given["photo"], image=picture["IMAGE"], crop=given["crop"], feather=32
+        )
+    block.gives("image", back["image"])
+    block.gives("crop image", picture["IMAGE"])
+    block.gives("pose", target["pose"])
+    return block
+
+
+BLOCKS: tuple[Callable[[dict], Block], ...] = (photo_to_source, pose_transfer)
+"""What the page's node library offers as subgraphs, from subgraphs/*.json."""
+
+
+def photo_to_pose(graph: Graph) -> None:
+    with graph.group("Start here"):
         graph.note(
             """
-            ## The background
-            **background** 1 at Apply HPFA carries the photo's surroundings on, so that the crop fits into the photo.
-            With 0 the prompt makes a new one; save the crop itself then, not the photo.
+            # The person of a photo in another pose
+            1. **Choose a photo** in *Your photo*: one person, large and whole.
+            2. **Choose a pose** in *Pose Transfer*.
+            3. Write in its *prompt* what the photo shows, and press **Run**.
+
+            The person is found, cut out to the model's size, read once (**Photo to Source**), posed in their own
+            proportions, and the picture goes back into the photo (**Pose Transfer**). Both are subgraphs: the icon
+            at their corner opens them, and the node library has them for graphs of your own.
+
+            You need a checkpoint and an OpenPose ControlNet (linked in the page's list of missing models), and two
+            small networks that read the pose. Any other SD1.5 checkpoint will do; one for photos does better.
             """,
-            130,
+            420,
         )
-    with graph.group("Back into the photo"):
-        pasted(graph, photo, picture, frame, "photo_to_pose", feather=32)
-    with graph.group("Hands and face"):
-        parts = graph.add("TruePoseHandsAndFace", image=picture["IMAGE"], pose=target["pose"])
-        graph.add("MaskPreview", title="Hands", mask=parts["hands"], room=PREVIEW)
-        graph.add("MaskPreview", title="Face", mask=parts["face"], room=PREVIEW)
+        graph.note(WANTED, 210)
+        loader = checkpoint(graph, SD15)
+    with graph.group("Photo"):
+        photo = graph.add("LoadImage", title="Your photo", image=PHOTO, room=PREVIEW)
+        source = graph.add_block(
+            photo_to_source(graph.info), photo=photo["IMAGE"], model=loader["MODEL"], vae=loader["VAE"]
+        )
+        graph.note(BETTER_PARSING.replace("Human Parsing", "Photo to Source"), 330)
+    with graph.group("Another pose"):
+        transfer = graph.add_block(
+            pose_transfer(graph.info),
+            model=loader["MODEL"],
+            clip=loader["CLIP"],
+            vae=loader["VAE"],
+            source=source["source"],
+            source_image=source["image"],
+            source_pose=source["pose"],
+            photo=photo["IMAGE"],
+            crop=source["crop"],
+        )
+        transfer.width = 400
+    with graph.group("Result"):
+        graph.add("SaveImage", images=transfer["image"], filename_prefix="truepose/photo_to_pose", room=400)
         graph.note(
             """
-            ## Finer hands and face
-            Small hands and faces are where these models are weakest. Give **segs** and the picture of VAE Decode to
-            a detailer (*Detailer (SEGS)* of the Impact Pack, with the patched model and the prompts), and its
-            picture to **Paste Back**. Or set a mask on the latent (*Set Latent Noise Mask*) and sample once more
-            with denoise 0.4.
+            ## What to turn
+            * **margin** (*Photo to Source*): room around the person; more for poses that reach further. In a group,
+              **person** says who is meant. For SDXL choose its **sizes**, its checkpoint and its ControlNet.
+            * **background** (*Pose Transfer*) 1 carries the photo's surroundings on, so that the crop fits into the
+              photo. With 0 the prompt makes a new one; save *crop image* then.
+            * Small hands and faces: *swap_garment_photo* shows **Hands and Face**.
             """,
-            190,
+            270,
         )
 
 
@@ -657,6 +746,20 @@ def swap_garment_photo(graph: Graph) -> None:
         picture = graph.add("VAEDecode", samples=done["LATENT"], vae=loader["VAE"])
     with graph.group("Back into the photo"):
         pasted(graph, photo, picture, frame, "swap_garment_photo", feather=32)
+    with graph.group("Hands and face"):
+        parts = graph.add("TruePoseHandsAndFace", image=picture["IMAGE"], pose=frame["pose"])
+        graph.add("MaskPreview", title="Hands", mask=parts["hands"], room=PREVIEW)
+        graph.add("MaskPreview", title="Face", mask=parts["face"], room=PREVIEW)
+        graph.note(
+            """
+            ## Finer hands and face
+            Small hands and faces are where these models are weakest. Give **segs** and the picture of VAE Decode to
+            a detailer (*Detailer (SEGS)* of the Impact Pack, with the patched model and the prompts), and its
+            picture to **Paste Back**. Or set a mask on the latent (*Set Latent Noise Mask*) and sample once more
+            with denoise 0.4.
+            """,
+            190,
+        )
 
 
 def restyle_region(graph: Graph) -> None:
@@ -1288,6 +1391,12 @@ def text(workflow: dict) -> str:
     return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
 
 
+def known_photo() -> tuple[tuple[int, int], np.ndarray]:
+    """(height, width) of the photos and the keypoints of who is in them."""
+    picture, body = person_photo(PEOPLE["person.jpg"])
+    return picture.shape[:2], body
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", action="store_true")
@@ -1302,9 +1411,13 @@ def main() -> None:
         raise SystemExit("no ComfyUI found: set COMFYUI_DIR")
     names = arguments.only or list(BUILDERS)
     with tempfile.TemporaryDirectory() as folder, Server(host, Path(folder)) as server:
-        save_photo(Path(folder), *(astronaut() if arguments.pictures else mannequin_photo(5)))
+        save_networks(Path(folder) / "models" / "truepose", *known_photo())
         info = server.object_info()
         WORKFLOWS.mkdir(exist_ok=True)
+        SUBGRAPHS.mkdir(exist_ok=True)
+        for make in BLOCKS:
+            block = make(info)
+            (SUBGRAPHS / f"{block.name}.json").write_text(text(blueprint(block)), encoding="utf-8")
         for name in names:
             (WORKFLOWS / f"{name}.json").write_text(text(build(name, info)), encoding="utf-8")
             print(WORKFLOWS / f"{name}.json")

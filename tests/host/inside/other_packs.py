@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import GREY, apply, close, far, latent, model, parsing, reference, source, split
+from bench import GREY, apply, close, far, latent, model, parsing, reference, sample, source, split
 from conftest import load_package
-from fixtures.tiny import make_conditioning
+from fixtures.tiny import CONTEXT, make_conditioning
 from pack.nodes.host import unet as host_unet
 from patching import log_weight, unet
 
@@ -87,3 +87,71 @@ class TestAdvancedControlNet:
         runs = [self.split(patched, 0.5) for _ in range(5)]
         assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(self.split(model(), None), before, strict=True))
+
+
+class TestIPAdapterPlus:
+    """It replaces the cross-attentions of a clone; HPFA is in the self-attentions."""
+
+    WIDTHS = (32, 32, 64, 64, 128, 128, *(128,) * 3, *(64,) * 3, *(32,) * 3, 128)
+    """Of the tiny model's cross-attentions: input, output and middle blocks, as its files number them."""
+    EMBEDDING = 40
+
+    @pytest.fixture(autouse=True, scope="class")
+    def pack(self) -> None:
+        load("ComfyUI_IPAdapter_plus")
+
+    def adapter(self) -> dict[str, dict]:
+        """A plain IP-Adapter with random weights, as its loader gives it."""
+        random = torch.Generator().manual_seed(3)
+        image = {
+            "proj.weight": torch.randn((4 * CONTEXT, self.EMBEDDING), generator=random) / self.EMBEDDING**0.5,
+            "proj.bias": torch.zeros(4 * CONTEXT),
+            "norm.weight": torch.ones(CONTEXT),
+            "norm.bias": torch.zeros(CONTEXT),
+        }
+        layers = {
+            f"{2 * number + 1}.to_{part}_ip.weight": torch.randn((width, CONTEXT), generator=random) / CONTEXT**0.5
+            for number, width in enumerate(self.WIDTHS)
+            for part in "kv"
+        }
+        return {"image_proj": image, "ip_adapter": layers}
+
+    def after(self, who: object, weight: float = 1.0) -> object:
+        """Its node after a model."""
+        from comfyui_ipadapter_plus.IPAdapterPlus import IPAdapterEmbeds
+
+        seen = torch.randn((1, self.EMBEDDING), generator=torch.Generator().manual_seed(4))
+        nothing = torch.zeros_like(seen)
+        return IPAdapterEmbeds().apply_ipadapter(who, self.adapter(), seen, weight, "linear", 0.0, 1.0, nothing)[0]
+
+    @pytest.mark.parametrize("more", [{}, {"keep_unconditional": False}, {"beta": 2.0}], ids=["keep", "drop", "match"])
+    def test_both_orders_are_bit_equal(self, more: dict) -> None:
+        if "beta" in more:
+            more = more | {"target": parsing(7)}
+        first = sample(self.after(apply(model(), source(), GREY, **more)))
+        second = sample(apply(self.after(model()), source(), GREY, **more))
+        assert torch.equal(first, second)
+        assert far(first, sample(self.after(model()))) and far(first, sample(apply(model(), source(), GREY, **more)))
+
+    def test_dropped_negative_rows_are_those_of_its_node_alone(self) -> None:
+        alone = split(self.after(model()), latent(9))
+        both = split(apply(self.after(model()), source(), GREY, keep_unconditional=False), latent(9))
+        assert close(both[1], alone[1]) and far(both[0], alone[0])
+
+    def test_two_of_its_nodes_around_ours(self) -> None:
+        """The second adds itself to the first's replacement."""
+        around = sample(self.after(apply(self.after(model()), source(), GREY), 0.5))
+        behind = sample(self.after(self.after(apply(model(), source(), GREY)), 0.5))
+        assert torch.equal(around, behind)
+
+    def test_a_source_read_through_it_is_read_with_it(self) -> None:
+        plain, read = source(), source(who=self.after(model()))
+        assert any(far(read.sites[site], plain.sites[site]) for site in plain.sites)
+
+    def test_five_runs_are_one_and_nothing_stays(self) -> None:
+        before = sample(model())
+        runs = [sample(self.after(apply(model(), source(), GREY))) for _ in range(5)]
+        assert all(torch.equal(run, runs[0]) for run in runs)
+        queued = apply(self.after(model()), source(), GREY)
+        assert all(torch.equal(sample(queued), runs[0]) for _ in range(5))
+        assert torch.equal(sample(model()), before)
