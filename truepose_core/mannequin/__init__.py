@@ -2,18 +2,15 @@
 
 from .body import (
     JOINTS,
-    POSE_KINDS,
-    VIEWS,
     BodyPoses,
     axis_angle_to_matrix,
     forward_kinematics,
     matrix_to_axis_angle,
     mirror_poses,
-    ready_poses,
     rest_joints,
-    sample_poses,
 )
 from .identity import BOTTOM_PATTERNS, HAIR_LENGTHS, LOGO_SHAPES, TOP_PATTERNS, Identities, sample_identities
+from .poses import POSE_KINDS, VIEWS, ready_poses, sample_poses
 from .render import Rendering, render
 from .twins import mirror_arm, mirror_body
 from .world import SPLITS, PairBatch, render_people, render_twins, sample_pairs

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from truepose_core.errors import TruePoseError
 
-from .body import BodyPoses, sample_poses
+from .body import BodyPoses
 from .hard import HARD, busy, cross_arm, one_colour
 from .identity import Identities, as_indices, sample_identities
+from .poses import sample_poses
 from .render import LIGHT, Rendering, render
 from .scene import make_scene
 from .shifted import LIGHT as SHIFTED_LIGHT

@@ -17,9 +17,9 @@ from truepose_core.mannequin.body import (
     openpose_points,
     project,
     rest_joints,
-    sample_poses,
 )
 from truepose_core.mannequin.identity import sample_identities
+from truepose_core.mannequin.poses import sample_poses
 from truepose_core.mannequin.world import split_seed
 from truepose_core.pose.keypoints import FACE_POINTS
 from truepose_core.training.small import SmallConfig, SmallTrainer

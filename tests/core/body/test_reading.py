@@ -17,8 +17,8 @@ from truepose_core.mannequin.body import (
     matrix_to_axis_angle,
     project,
     rest_joints,
-    sample_poses,
 )
+from truepose_core.mannequin.poses import sample_poses
 
 CANVAS = (640, 960)
 # The neutral mean bodies' pelvis, as SMPL's and SMPL-X's users print it.

@@ -11,7 +11,8 @@ from truepose_core.body.raster import rasterize
 from truepose_core.body.render import BodyModel, GenericBody
 from truepose_core.body.smpl import SmplModel, at_surface, to_pixels, vertex_normals
 from truepose_core.errors import TruePoseError
-from truepose_core.mannequin.body import PARENTS, axis_angle_to_matrix, forward_kinematics, rest_joints, sample_poses
+from truepose_core.mannequin.body import PARENTS, axis_angle_to_matrix, forward_kinematics, rest_joints
+from truepose_core.mannequin.poses import sample_poses
 from truepose_core.regions import Region
 
 TREE = np.array([[2**32 - 1, *PARENTS[1:]], range(24)], dtype=np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cli.test_folder import make_folder
@@ -119,17 +121,18 @@ def test_the_command_line_refuses_what_cannot_take_it(tmp_path, capsys):
     assert "reads no source at its attentions" in refused(capsys, "--model", path)
 
 
-def test_the_command_line_takes_it(tmp_path):
-    """The picture is the pipeline's, and the report says the style."""
+def test_the_command_line_takes_it(tmp_path, capsys):
+    """0 is the picture without the option, and the report says the style."""
     make_folder(tmp_path / "sd", "sd15")
     image, parsing = person()
     save_image(image, tmp_path / "person.png")
     Image.fromarray(parsing.labels()[0].byte().numpy()).save(tmp_path / "map.png")
     pictures = {}
-    for style in (0.0, 0.8):
+    for style in (None, 0.0, 0.8):
         out = str(tmp_path / f"{style}.png")
         line = ["transfer", str(tmp_path / "person.png"), "--parsing", str(tmp_path / "map.png"), "--model"]
         line += [str(tmp_path / "sd"), "--pose", "gallery:waving", "--out", out, "--steps", "2", "--json"]
-        assert main([*line, "--style", str(style)]) == 0
+        assert main(line if style is None else [*line, "--style", str(style)]) == 0
+        assert json.loads(capsys.readouterr().out)["style"] == (style or 0)
         pictures[style] = load_image(out)
-    assert not torch.equal(pictures[0.0], pictures[0.8])
+    assert torch.equal(pictures[0.0], pictures[None]) and not torch.equal(pictures[0.0], pictures[0.8])
