@@ -162,8 +162,7 @@ def start_ray(address: str | None = None) -> tuple[Any, bool]:
         import ray
     except ImportError as error:
         raise TruePoseError(
-            'more than one worker needs Ray; install it with: pip install "comfyui-truepose[scale]", or leave out '
-            "--workers"
+            '--workers needs Ray; install it with: pip install "comfyui-truepose[scale]", or leave the option out'
         ) from error
     if ray.is_initialized():
         return ray, False

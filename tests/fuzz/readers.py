@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from truepose_core.alignment.field import PoseField
 from truepose_core.body.lift import LiftNet
 from truepose_core.body.reading import read_body
-from truepose_core.datasets.pairs import read_pairs
+from truepose_core.cli.batch.spec import Job, read_spec
+from truepose_core.datasets.keypoints import read_annotations, read_pose_text
+from truepose_core.datasets.pairs import read_pair_list, read_pairs
 from truepose_core.importing.plan import describe
 from truepose_core.models.cfld.encoder import CFLDConfig
 from truepose_core.models.config import TruePoseConfig
@@ -170,6 +172,45 @@ def damage_table(text: str, rng: random.Random) -> bytes:
         new = rng.choice(('"', ",", "\n", "\r", "\x00", "a" * 300, "ä", ",,,", '"' * 3, "x" * 140_000))
         text = text[:cut] + new + text[cut + rng.randrange(3) :]
     return mutate.encoded(text, rng)
+
+
+def pair_lists() -> list[Seed]:
+    """Published lists of pairs."""
+    listed = [{"source_image": "a.jpg", "target_image": f"{name}.jpg"} for name in "bcd"]
+    return [("test_data.json", listed), ("train_pairs.txt", "img/b.jpg,img/a.jpg,img/c.jpg\n\nimg/d.jpg,img/a.jpg\n")]
+
+
+def annotations() -> list[Seed]:
+    """Keypoints beside published pictures: a table of them, and a file of one."""
+    numbers = [10 * i for i in range(17)] + [-1]
+    lines = "".join(f"{name}.jpg: {numbers}: {numbers[::-1]}\n" for name in "ab")
+    return [
+        ("annotation.csv", "name:keypoints_y:keypoints_x\n" + lines),
+        ("pose.txt", "".join(f"{40.5 + 5 * i} {12 * i}\n" for i in range(17)) + "-1 -1\n"),
+    ]
+
+
+def read_annotated(path: Path) -> None:
+    """Of either kind: every coordinate is a number."""
+    people = [read_pose_text(path)] if path.suffix == ".txt" else read_annotations(path).values()
+    assert all(np.isfinite(person.body).all() for person in people)
+
+
+def batches() -> list[Seed]:
+    """A table of a batch."""
+    rows = "".join(f"row {i},photos/{i}.png,gallery:waving,{i},no,'face=1'\n" for i in range(3))
+    return [("batch.csv", "id,source,pose,seed,estimate-pose,region\n" + rows)]
+
+
+def read_batch(path: Path) -> None:
+    """Every row is one that can be begun, or says why not."""
+    for row in read_spec(path):
+        assert row.problem or (row.source and row.pose and Job((row,)).argv is not None)
+
+
+def damage_list(content: Any, rng: random.Random) -> bytes:
+    """A list in JSON, or lines."""
+    return damage_table(content, rng) if isinstance(content, str) else _json(content, rng)
 
 
 SESSION = OnnxSession(
@@ -381,6 +422,9 @@ READERS = (
     Reader("pose", poses, _json, read_keypoints),
     Reader("body", bodies, damage_body, read_body),
     Reader("csv", pairs, damage_table, read_pairs),
+    Reader("pair list", pair_lists, damage_list, read_pair_list),
+    Reader("annotations", annotations, damage_table, read_annotated),
+    Reader("batch", batches, damage_table, read_batch),
     Reader("side JSON", specs, _json, lambda path: recognise(path.with_suffix(".onnx"), SESSION)),
     Reader("checkpoint", checkpoints, damage_checkpoint, read_checkpoint),
     Reader("configuration", configurations, _json, read_configuration),

@@ -307,6 +307,18 @@ def test_bad_options_for_all_rows_are_one_line(tmp_path, capsys, base, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_not_installed_is_told_before_any_work(tmp_path, monkeypatch, capsys):
+    spec = table(tmp_path / "t.csv", "source,pose", "x,p")
+    for module, extra, message in (
+        ("pyarrow", [], "batches write and read parquet with pyarrow; install it with"),
+        ("ray", ["--workers", "2"], "--workers needs Ray; install it with"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            assert main(["batch", str(spec), "--out", str(tmp_path / "out"), "--quiet", *extra]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_full_disk_fails_rows_and_not_the_batch(tmp_path, monkeypatch):
     (tmp_path / "notes").mkdir()
     write = Store.write

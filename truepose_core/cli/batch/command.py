@@ -71,9 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Read the table, do what is missing, report. Raises TruePoseError at the end when rows failed."""
-    from truepose_core.cli.batch.spec import read_spec
+    from truepose_core.cli.batch.spec import arrow, read_spec
     from truepose_core.cli.batch.work import TransferPainter, on_workers
 
+    arrow()  # the report's, before any work
     if (args.comfyui is None) != (args.workflow is None):
         raise TruePoseError("--comfyui and --workflow belong together: the servers, and what they shall do")
     workers, base = chosen_workers(args), tuple(args.rest)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from truepose_core.cli.batch.spec import Row
+from truepose_core.cli.batch.spec import Row, arrow
 from truepose_core.cli.batch.store import Store
 
 PARQUET, PAGE = "report.parquet", "report.html"
@@ -28,15 +28,13 @@ def collect(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], base: Se
 
 def parquet_bytes(entries: Sequence[Mapping[str, Any]]) -> bytes:
     """The entries as a table; options as JSON text."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
+    pa = arrow()
     kinds = {"seconds": pa.float64()}
     columns = {name: [entry[name] for entry in entries] for name in _FIELDS}
     columns["options"] = [json.dumps(value or {}, sort_keys=True) for value in columns["options"]]
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in _FIELDS])
     buffer = io.BytesIO()
-    parquet.write_table(pa.table(columns, schema=schema), buffer)
+    pa.parquet.write_table(pa.table(columns, schema=schema), buffer)
     return buffer.getvalue()
 
 

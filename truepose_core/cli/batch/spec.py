@@ -133,7 +133,7 @@ def _csv_rows(path: Path) -> tuple[list[str], list[Sequence[str] | str]]:
 
 
 def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Sequence[str]]]:
-    parquet = _pyarrow()
+    parquet = arrow().parquet
     try:
         table = parquet.read_table(path)
     except Exception as error:
@@ -143,12 +143,15 @@ def _parquet_rows(path: Path) -> tuple[list[str], Iterator[Sequence[str]]]:
     return [name.strip() for name in table.column_names], cells
 
 
-def _pyarrow() -> Any:
+def arrow() -> Any:
+    """pyarrow with its parquet. Raises TruePoseError where it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise TruePoseError('parquet needs pyarrow; install it with: pip install "comfyui-truepose[scale]"') from error
-    return pyarrow.parquet
+        raise TruePoseError(
+            'batches write and read parquet with pyarrow; install it with: pip install "comfyui-truepose[scale]"'
+        ) from error
+    return pyarrow
 
 
 def _check_header(path: Path, header: Sequence[str], transfer: bool) -> None:
