@@ -119,6 +119,8 @@ SMALL_OPTIONS: dict[str, tuple[Any, str, str]] = {
     "longer": (number(0, 1), "SHARE", "share of the steps that go from pose to pose in two steps, not one"),
     "lift": (str, "FILE", "the lifting network, if not the one that ships"),
     "channels": (whole(8, 1024), "N", "channels at half the picture's size"),
+    "varied": (number(0, 1), "SHARE", "share of the people who stand in a light of their own, from anywhere above"),
+    "recolored": (number(0, 1), "SHARE", "share of the pairs in other colours, the same on both sides"),
     "valid": (whole(16, MOST), "N", "valid poses drawn from the mannequin world"),
     "noised": (whole(1, MOST), "N", "noised poses, labelled with their distance to the nearest valid one"),
     "every": (whole(1, MOST), "N", "takes each N-th frame of --data, a folder of AMASS-style npz files"),
