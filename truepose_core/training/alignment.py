@@ -29,8 +29,10 @@ class AlignTrainingConfig(SmallConfig):
     person a step makes it. longer: share of the steps that go the path in two steps, not one. start: weights to go on
     from ("" is scratch). lift: the lifting network's file ("" is the one that ships). channels: of the network at half
     the picture's size; the other widths follow. varied: share of the people who stand in a light of their own, from
-    anywhere above. recolored: share of the pairs in other colours, the same on both sides. precision: "no" (float32) or
-    "bf16" for the network alone, which pays where the processor multiplies such matrices (AMX, a GPU)."""
+    anywhere above. recolored: share of the pairs in other colours, the same on both sides. square, edges: weights of the
+    loss on squared differences, which serves PSNR, and on differences between neighbours, which serves patterns; beside
+    2 for absolute ones. precision: "no" (float32) or "bf16" for the network alone, which pays where the processor
+    multiplies such matrices (AMX, a GPU)."""
 
     steps: int = 4000
     batch: int = 16
@@ -49,6 +51,8 @@ class AlignTrainingConfig(SmallConfig):
     channels: int = 64
     varied: float = 0.4
     recolored: float = 0.3
+    square: float = 4.0
+    edges: float = 1.0
     precision: str = "no"
 
     @property
@@ -225,13 +229,15 @@ def endpoint_error(grid: Tensor, flow: Tensor, true_grid: Tensor) -> Tensor:
     return (off + flow * height).square().sum(1, keepdim=True).clamp(min=1e-8).sqrt()
 
 
-def alignment_losses(result: Aligned, batch: AlignBatch) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a finished alignment and its parts."""
+def alignment_losses(
+    result: Aligned, batch: AlignBatch, square: float = 4.0, edges: float = 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a finished alignment and its parts. square, edges: as in `AlignTrainingConfig`."""
     weight = region_loss_weight(batch.truth_parsing)
     miss = (result.picture - batch.truth).abs()
-    edges = (gradient(result.picture) - gradient(batch.truth)).abs()
+    steps = (gradient(result.picture) - gradient(batch.truth)).abs()
     # The square is for what is far off: the light and the silhouette.
-    picture = ((2 * miss + 4 * miss.square()) * weight).mean() + (edges * weight[..., :-1, :-1]).mean()
+    picture = ((2 * miss + square * miss.square()) * weight).mean() + edges * (steps * weight[..., :-1, :-1]).mean()
     parsing = -(batch.truth_parsing * result.log_parsing.log_softmax(1)).sum(1, keepdim=True)
     parsing = (parsing * weight).mean()
     both = batch.true_mask * batch.target_maps.mask
@@ -294,6 +300,6 @@ class AlignTrainer(SmallTrainer):
             source_maps=batch.source_maps,
             target_maps=batch.target_maps,
         )[-1]
-        loss, figures = alignment_losses(result, batch)
+        loss, figures = alignment_losses(result, batch, self.config.square, self.config.edges)
         self.pool.advance()
         return loss, figures
