@@ -29,10 +29,10 @@ class AlignTrainingConfig(SmallConfig):
     person a step makes it. longer: share of the steps that go the path in two steps, not one. start: weights to go on
     from ("" is scratch). lift: the lifting network's file ("" is the one that ships). channels: of the network at half
     the picture's size; the other widths follow. varied: share of the people who stand in a light of their own, from
-    anywhere above. recolored: share of the pairs in other colours, the same on both sides. square, edges: weights of the
-    loss on squared differences, which serves PSNR, and on differences between neighbours, which serves patterns; beside
-    2 for absolute ones. precision: "no" (float32) or "bf16" for the network alone, which pays where the processor
-    multiplies such matrices (AMX, a GPU)."""
+    anywhere above. recolored: share of the pairs in other colours, the same on both sides. square, edges: weights of
+    the loss on squared differences, which serves PSNR, and on differences between neighbours, which serves patterns;
+    beside 2 for absolute ones. precision: "no" (float32) or "bf16" for the network alone, which pays where the
+    processor multiplies such matrices (AMX, a GPU)."""
 
     steps: int = 4000
     batch: int = 16
