@@ -57,10 +57,10 @@ class AlignConfig:
     """width: channels at half the picture's size. state: channels of the ConvGRU, at a quarter. deep: at an eighth.
     head: at full size. reach: longest flow residual, in picture heights."""
 
-    width: int = 40
-    state: int = 96
-    deep: int = 128
-    head: int = 24
+    width: int = 64
+    state: int = 128
+    deep: int = 192
+    head: int = 32
     reach: float = 0.06
 
 
@@ -166,6 +166,8 @@ class AlignNet(nn.Module):
         self.down2 = _Block(c.width, c.state)
         self.gru = ConvGRU(c.state)
         self.down3 = _Block(c.state, c.deep)
+        # Where the light comes from is a matter of the whole picture.
+        self.whole = nn.Linear(c.deep, c.deep)
         self.up2 = _Block(c.deep + c.state, c.state)
         self.up1 = _Block(c.state + c.width, c.width)
         self.coarse = _conv(c.width, 2 + REGIONS)
@@ -181,16 +183,18 @@ class AlignNet(nn.Module):
         """One step. state: the one before, already moved to this step's pose; None at the first."""
         c = self.config
         height, width = inputs.maps.shape[-2:]
-        half = silu(self.read(pixel_unshuffle(inputs.maps, 2)))
+        maps = pixel_unshuffle(inputs.maps, 2).contiguous(memory_format=torch.channels_last)
+        half = silu(self.read(maps))
         a = self.down1(half)
         b = self.down2(nn.functional.avg_pool2d(a, 2))
         state = torch.zeros_like(b) if state is None else state
         state = self.gru(b, state)
         d = self.down3(nn.functional.avg_pool2d(state, 2))
+        d = d + self.whole(d.mean((2, 3)))[:, :, None, None]
         b = self.up2(torch.cat([interpolate(d, b.shape[-2:], mode="nearest"), state], 1))
         a = self.up1(torch.cat([interpolate(b, a.shape[-2:], mode="nearest"), a], 1))
 
-        coarse = interpolate(self.coarse(a), (height, width), mode="bilinear", align_corners=False)
+        coarse = interpolate(self.coarse(a).float(), (height, width), mode="bilinear", align_corners=False)
         flow = c.reach * coarse[:, :2].tanh() * inputs.mask
         looked_up = inputs.grid + in_grid(flow, *inputs.image.shape[-2:])
         moved = grid_sample(inputs.image, looked_up, padding_mode="border", align_corners=False)
@@ -215,7 +219,7 @@ class AlignNet(nn.Module):
             1,
         )
         x = silu(self.look(x))
-        x = self.last(silu(self.judge(x)) + x)
+        x = self.last(silu(self.judge(x)) + x).float()
         options = len(CANDIDATES) + 1
         # What the depth test says is where the weights start.
         seen = inputs.seen[:, :, 0]
@@ -229,7 +233,9 @@ class AlignNet(nn.Module):
         every = torch.cat([colors, flat[:, None]], 1)
         picture = compose(every, weights, gain, residual)
         shown = HumanParsing(parsing.detach())
-        return Aligned(picture, weights, gain, residual, shown, inputs.grid, flow, looked_up, state, log_parsing)
+        return Aligned(
+            picture, weights, gain, residual, shown, inputs.grid, flow, looked_up, state.float(), log_parsing
+        )
 
 
 @torch.no_grad()

@@ -119,6 +119,10 @@ SMALL_OPTIONS: dict[str, tuple[Any, str, str]] = {
     "longer": (number(0, 1), "SHARE", "share of the steps that go from pose to pose in two steps, not one"),
     "lift": (str, "FILE", "the lifting network, if not the one that ships"),
     "channels": (whole(8, 1024), "N", "channels at half the picture's size"),
+    "varied": (number(0, 1), "SHARE", "share of the people who stand in a light of their own, from anywhere above"),
+    "square": (number(), "X", "weight of the loss on squared differences of pixels"),
+    "edges": (number(), "X", "weight of the loss on differences between neighbouring pixels"),
+    "recolored": (number(0, 1), "SHARE", "share of the pairs in other colours, the same on both sides"),
     "valid": (whole(16, MOST), "N", "valid poses drawn from the mannequin world"),
     "noised": (whole(1, MOST), "N", "noised poses, labelled with their distance to the nearest valid one"),
     "every": (whole(1, MOST), "N", "takes each N-th frame of --data, a folder of AMASS-style npz files"),
@@ -219,7 +223,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         trainer = Trainer(config, out, quiet=args.quiet)
         main = trainer.accelerator.is_main_process
         if main:
-            start = f"going on from step {trainer.step}" if trainer.step else f"from {config.base or 'scratch'}"
+            start = (
+                f"going on from step {trainer.step}"
+                if trainer.step
+                else f"from {config.start or config.base or 'scratch'}"
+            )
             console.say(
                 f"{config.row}, {trainable(trainer.model):,} weights, {config.steps} steps {start}, on "
                 f"{trainer.accelerator.num_processes} x {trainer.accelerator.device}"
@@ -259,7 +267,8 @@ def _run_small(args: argparse.Namespace, row: str, console: Console) -> dict[str
     try:
         trainer = make(config, out, quiet=args.quiet)
         count = sum(p.numel() for p in trainer.net.parameters())
-        start = f"going on from step {trainer.step}" if trainer.step else "from scratch"
+        begun = getattr(config, "start", "") or "scratch"
+        start = f"going on from step {trainer.step}" if trainer.step else f"from {begun}"
         console.say(f"{row}, {count:,} weights, {config.steps} steps {start}, on {config.device}")
         weights = trainer.run()
     except KeyboardInterrupt:

@@ -64,11 +64,13 @@ def render_people(
     chunk: int | None = None,
     view: str | None = None,
     kind: str = "usual",
+    light: tuple[float, float, float] | None = None,
 ) -> Rendering:
     """People [N] in K poses each, as one Rendering of N * K; row i * K + k is person i, pose k.
 
     Person i's pose k is the same for every batch and every K. `sample_pairs` uses poses 0 and 1.
     kind: of world, one of `WORLDS`; only the usual one is trained on. Hard cases change a person's pose 0, the source.
+    light: where it comes from, (right, up, towards the viewer), if not from where the world has it.
 
     Raises:
         TruePoseError: for an unknown split or kind or fewer than 1 pose per person.
@@ -87,7 +89,8 @@ def render_people(
     if kind == "crossed-arm":
         crossed = cross_arm(poses.select(first), index, world)
         poses = BodyPoses(poses.theta.index_copy(0, first, crossed.theta), poses.camera)
-    light = SHIFTED_LIGHT if kind == "shifted" else LIGHT
+    if light is None:
+        light = SHIFTED_LIGHT if kind == "shifted" else LIGHT
     made = render(people, poses, height, width, supersample, device, chunk, light=light)
     if kind == "busy":
         source = made.select(first)

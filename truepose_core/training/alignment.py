@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truepose_core.alignment.recurrent import AlignConfig, Aligned, AlignNet, align, gradient
+from truepose_core.alignment.recurrent import AlignConfig, Aligned, AlignInputs, AlignNet, align, gradient
 from truepose_core.body.carry import DEPTH_TOLERANCE, correspond
 from truepose_core.body.lift import LiftNet, lift, lift_net
 from truepose_core.body.pose import BodyPose
@@ -27,7 +27,12 @@ from truepose_core.training.train import region_loss_weight
 class AlignTrainingConfig(SmallConfig):
     """height, width: of the pictures. people, poses: of the pool. refill: people replaced at once, as often as one
     person a step makes it. longer: share of the steps that go the path in two steps, not one. start: weights to go on
-    from ("" is scratch). lift: the lifting network's file ("" is the one that ships). channels: of the network."""
+    from ("" is scratch). lift: the lifting network's file ("" is the one that ships). channels: of the network at half
+    the picture's size; the other widths follow. varied: share of the people who stand in a light of their own, from
+    anywhere above. recolored: share of the pairs in other colours, the same on both sides. square, edges: weights of
+    the loss on squared differences, which serves PSNR, and on differences between neighbours, which serves patterns;
+    beside 2 for absolute ones. precision: "no" (float32) or "bf16" for the network alone, which pays where the
+    processor multiplies such matrices (AMX, a GPU)."""
 
     steps: int = 4000
     batch: int = 16
@@ -43,7 +48,18 @@ class AlignTrainingConfig(SmallConfig):
     longer: float = 0.15
     start: str = ""
     lift: str = ""
-    channels: int = 40
+    channels: int = 64
+    varied: float = 0.4
+    recolored: float = 0.3
+    square: float = 4.0
+    edges: float = 1.0
+    precision: str = "no"
+
+    @property
+    def widths(self) -> AlignConfig:
+        """Of the network: 1, 2, 3 times the channels, and half of them at full size."""
+        c = self.channels
+        return AlignConfig(width=c, state=2 * c, deep=3 * c, head=c // 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +126,10 @@ class AlignPool:
         c = self.config
         people = torch.arange(turn * c.refill, (turn + 1) * c.refill)
         slots = people % c.people
-        made = render_people(people, c.poses, "train", seed=c.seed, height=c.height, width=c.width)
-        who = torch.arange(c.refill).repeat_interleave(c.poses)
         generator = torch.Generator().manual_seed(c.seed * 7919 + turn)
+        light = light_from_above(generator) if torch.rand((), generator=generator) < c.varied else None
+        made = render_people(people, c.poses, "train", seed=c.seed, height=c.height, width=c.width, light=light)
+        who = torch.arange(c.refill).repeat_interleave(c.poses)
         points = made.keypoints.clone()
         # Estimated keypoints are never exact: up to half a percent of the height, on half of the people.
         noise = 0.005 * torch.rand((len(who), 1, 1), generator=generator)
@@ -157,15 +174,17 @@ class AlignPool:
         true_source, true_source_maps = self._body("true", source)
         true_target, true_target_maps = self._body("true", target)
         true = correspond(true_source, true_target, true_source_maps, true_target_maps)
+        images = torch.stack([self.tensors["image"][i].float() / 255 for i in (source, target)], 1)
+        images = recolor(images, c.recolored, generator)
         return AlignBatch(
-            self.tensors["image"][source].float() / 255,
+            images[:, 0],
             HumanParsing(parsing),
             source_body,
             source_maps,
             target_body,
             target_maps,
             self.tensors["body"][target],
-            self.tensors["image"][target].float() / 255,
+            images[:, 1],
             truth_parsing,
             true.grid,
             true.seen,
@@ -180,6 +199,28 @@ class AlignPool:
             self._fill(c.people // c.refill - 1 + self.step // c.refill)
 
 
+def light_from_above(generator: torch.Generator) -> tuple[float, float, float]:
+    """Where a light comes from that stands higher than the person, to the left or right: (right, up, towards)."""
+    right, up, towards = torch.rand(3, generator=generator).tolist()
+    return (1.6 * right - 0.8, 0.35 + 0.65 * up, 0.3 + 0.6 * towards)
+
+
+def recolor(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A share of the pairs in other colours: channels change places, each gets a strength of its own and all one gamma.
+
+    images: pairs [B, 2, 3, H, W] in [0, 1]; both pictures of a pair change alike. The same draws for every share.
+    """
+    count = len(images)
+    chosen = torch.rand(count, generator=generator) < share
+    order = torch.rand((count, 3), generator=generator).argsort(1)
+    strength = 0.55 + 0.45 * torch.rand((count, 3), generator=generator)
+    gamma = 0.8 + 0.4 * torch.rand(count, generator=generator)
+    mixed = images.gather(2, order[:, None, :, None, None].expand_as(images)) * strength[:, None, :, None, None]
+    # At 0 the power's slope is endless; nothing is trained through it, but black stays black.
+    mixed = mixed.clamp(min=1e-4) ** gamma[:, None, None, None, None]
+    return torch.where(chosen[:, None, None, None, None], mixed, images)
+
+
 def endpoint_error(grid: Tensor, flow: Tensor, true_grid: Tensor) -> Tensor:
     """Distance in pixels [B, 1, H, W] between where a pixel was looked up and where it really was in the source. grid,
     true_grid: [B, H, W, 2] in [-1, 1]; flow: [B, 2, H, W] in picture heights."""
@@ -188,12 +229,15 @@ def endpoint_error(grid: Tensor, flow: Tensor, true_grid: Tensor) -> Tensor:
     return (off + flow * height).square().sum(1, keepdim=True).clamp(min=1e-8).sqrt()
 
 
-def alignment_losses(result: Aligned, batch: AlignBatch) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a finished alignment and its parts."""
+def alignment_losses(
+    result: Aligned, batch: AlignBatch, square: float = 4.0, edges: float = 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a finished alignment and its parts. square, edges: as in `AlignTrainingConfig`."""
     weight = region_loss_weight(batch.truth_parsing)
     miss = (result.picture - batch.truth).abs()
-    edges = (gradient(result.picture) - gradient(batch.truth)).abs()
-    picture = 2 * (miss * weight).mean() + (edges * weight[..., :-1, :-1]).mean()
+    steps = (gradient(result.picture) - gradient(batch.truth)).abs()
+    # The square is for what is far off: the light and the silhouette.
+    picture = ((2 * miss + square * miss.square()) * weight).mean() + edges * (steps * weight[..., :-1, :-1]).mean()
     parsing = -(batch.truth_parsing * result.log_parsing.log_softmax(1)).sum(1, keepdim=True)
     parsing = (parsing * weight).mean()
     both = batch.true_mask * batch.target_maps.mask
@@ -230,17 +274,23 @@ class AlignTrainer(SmallTrainer):
 
         if self.config.start:
             return copy.deepcopy(align_net(self.config.start)).requires_grad_(True).train()
-        return AlignNet(AlignConfig(width=self.config.channels))
+        return AlignNet(self.config.widths)
 
     def describe(self) -> dict[str, Any]:
         return asdict(self.net.config)
+
+    def _mixed(self, inputs: AlignInputs, state: Tensor | None) -> Aligned:
+        """The network in its precision; where things lie is always computed in float32."""
+        kind = torch.device(self.config.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.net(inputs, state)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         generator = self.generator(step)
         batch = self.pool.batch(generator)
         count = 2 if torch.rand((), generator=generator).item() < self.config.longer else 1
         result = align(
-            self.net,
+            self._mixed,
             batch.image,
             batch.parsing,
             batch.source,
@@ -250,6 +300,6 @@ class AlignTrainer(SmallTrainer):
             source_maps=batch.source_maps,
             target_maps=batch.target_maps,
         )[-1]
-        loss, figures = alignment_losses(result, batch)
+        loss, figures = alignment_losses(result, batch, self.config.square, self.config.edges)
         self.pool.advance()
         return loss, figures

@@ -12,13 +12,17 @@ from truepose_core.body.lift import LiftNet, lift_net
 from truepose_core.errors import TruePoseError
 from truepose_core.mannequin import sample_identities, sample_poses
 from truepose_core.mannequin.body import axis_angle_to_matrix
+from truepose_core.mannequin.shifted import LIGHT as SHIFTED_LIGHT
 from truepose_core.training import lift as lift_training
 from truepose_core.training.alignment import (
     AlignBatch,
     AlignPool,
+    AlignTrainer,
     AlignTrainingConfig,
     alignment_losses,
     endpoint_error,
+    light_from_above,
+    recolor,
 )
 from truepose_core.training.lift import LiftConfig, LiftTrainer, angles, draw_bodies, world_rotations
 from truepose_core.weights.small import load_small, save_small
@@ -296,3 +300,36 @@ def test_the_loss_of_the_truth_is_the_smallest():
         replace(right, weights=sure.flip(1)),
     ):
         assert alignment_losses(wrong, batch)[0] > best + 0.01
+
+
+def test_lights_of_people_come_from_above_as_no_shifted_one_does():
+    generator = torch.Generator().manual_seed(0)
+    lights = torch.tensor([light_from_above(generator) for _ in range(500)])
+    heights = lights[:, 1] / lights.norm(dim=1)
+    shifted = torch.tensor(SHIFTED_LIGHT)
+    assert heights.min() > shifted[1] / shifted.norm() + 0.05 and (lights[:, 2] > 0).all()
+    assert lights[:, 0].min() < -0.7 and lights[:, 0].max() > 0.7
+
+
+def test_new_colours_are_the_same_on_both_sides_of_a_pair():
+    images = torch.rand((8, 1, 3, 6, 4)).expand(-1, 2, -1, -1, -1)
+    none, some, every = (recolor(images, share, torch.Generator().manual_seed(3)) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(none, images)
+    assert torch.allclose(every[:, 0], every[:, 1], atol=1e-6) and every.min() >= 0 and every.max() <= 1
+    changed = (some != images).flatten(1).any(1)
+    assert 0 < changed.sum() < 8 and torch.equal(some[changed], every[changed]), "the share changes no draw"
+
+
+def test_mixed_precision_is_near_to_single_on_one_step_and_on_two(tmp_path):
+    config = AlignTrainingConfig(height=32, width=24, people=4, poses=2, refill=2, batch=4, channels=16, steps=2)
+    for longer in (0.0, 1.0):
+        losses = []
+        for precision in ("no", "bf16"):
+            run = AlignTrainer(
+                replace(config, longer=longer, precision=precision), tmp_path / f"{precision}{longer}", quiet=True
+            )
+            loss, _ = run.loss(0)
+            loss.backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in run.net.parameters())
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=0.02)
