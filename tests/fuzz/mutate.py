@@ -7,6 +7,7 @@ import json
 import random
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 STRANGE: tuple[Any, ...] = (
@@ -85,7 +86,9 @@ def value_of(value: Any, rng: random.Random) -> Any:
         elif what == 2 and isinstance(holder, list):
             holder.extend(copy.deepcopy(holder[: rng.randrange(4)]))
         elif what == 3 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
-            holder[key] = rng.choice((-1, 2, 1000, 0.5)) * holder[key]
+            # A whole number of hundreds of digits has no half.
+            with suppress(OverflowError):
+                holder[key] = rng.choice((-1, 2, 1000, 0.5)) * holder[key]
         elif what == 4:
             other, name = rng.choice(places)
             if name in other if isinstance(other, dict) else name < len(other):

@@ -106,6 +106,11 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "height": (whole(0, 4096), "PX", "height of the training pictures; 0 is the model's own"),
     "width": (whole(0, 4096), "PX", "width of the training pictures; 0 is the model's own"),
     "gradient_checkpointing": (None, "", "less memory, more time"),
+    "lora": (
+        whole(0, 1024),
+        "RANK",
+        "trains low-rank updates of the nets' attentions, not the nets; 0 trains the nets",
+    ),
 }
 
 

@@ -44,6 +44,7 @@ from truepose_core.training.checkpoint import (
 )
 from truepose_core.training.data import MannequinPool, TrainingBatch
 from truepose_core.training.folder import FolderPairs, pairs_of
+from truepose_core.training.lora import add_lora, merge_lora
 from truepose_core.weights.settings import compare_shapes
 from truepose_core.weights.strict import load_strict
 
@@ -65,7 +66,8 @@ class TrainingConfig:
     row: one of `ROWS`. steps: optimiser steps. sources, targets: people per step and target poses of each. keep: steps
     after which the averaged weights are written aside (for a table at equal budget). start: a model file of this row to
     go on from with a fresh optimiser, or "" for random weights. base: a Stable Diffusion folder whose UNet both nets
-    start from, or "" for random weights. data: "mannequin", or a folder of pairs (`pairs_of`).
+    start from, or "" for random weights. data: "mannequin", or a folder of pairs (`pairs_of`). lora: rank of the nets'
+    updates where they alone learn (`training.lora`), 0 trains the nets.
     height, width: of the training pictures; 0 is the model's own size. first_source: a person's first pose in the
     mannequin's pool is always the source, so that its alignment to the others is made once. aligned_tokens: the
     source's tokens are also read aligned to the target pose (`source.align`; RePoseDM's form). human_prior: weight of
@@ -110,6 +112,7 @@ class TrainingConfig:
     height: int = 0
     width: int = 0
     gradient_checkpointing: bool = False
+    lora: int = 0
 
     def __post_init__(self) -> None:
         if self.row not in ROWS:
@@ -247,6 +250,8 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = config.build()
+        if config.lora:
+            add_lora(self.model, config.lora)
         model_config = self.model.config
         if config.gradient_checkpointing:
             for net in (self.model.source_net, self.model.target_net):
@@ -449,6 +454,8 @@ class Trainer:
         """A copy of the model with the averaged weights, in evaluation mode."""
         model = copy.deepcopy(self.model)
         self.ema.copy_to(p for p in model.parameters() if p.requires_grad)
+        if self.config.lora:
+            merge_lora(model)
         return model.eval()
 
     def export(self, path: Path) -> Path:

@@ -80,6 +80,7 @@ def test_a_batch_makes_what_transfer_makes_and_reads_each_source_once(shop, tmp_
     report = parquet.read_table(out / "report.parquet").to_pylist()
     assert [row["status"] for row in report] == ["done"] * 4 + ["failed"]
     assert report[4]["error"]
+    assert "mannequins" in report[0]["notes"]
     assert report[2]["sha256"] == hashlib.sha256(one.read_bytes()).hexdigest()
     assert "r10" in (out / "report.html").read_text()
     # Started again with a better row, it does that alone.
@@ -130,7 +131,7 @@ class Quick:
                 os._exit(9)
             with open(Path(self.folder) / f"{row.id}.made", "ab") as note:
                 note.write(b"x")
-            yield row, small_picture(row)
+            yield row, small_picture(row), []
 
 
 def jobs(sources: int, poses: int) -> list[Row]:
@@ -175,10 +176,10 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
 
     class Stopped(Quick):
         def paint(self, rows):
-            for row, data in super().paint(rows):
+            for row, data, notes in super().paint(rows):
                 if row.id == "s3-p2":
                     raise KeyboardInterrupt
-                yield row, data
+                yield row, data, notes
 
     with pytest.raises(KeyboardInterrupt):
         batch(rows, out, Stopped(str(tmp_path / "notes"), False), poses=64)

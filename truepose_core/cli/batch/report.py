@@ -12,7 +12,7 @@ from truepose_core.cli.batch.spec import Row, arrow
 from truepose_core.cli.batch.store import Store
 
 PARQUET, PAGE = "report.parquet", "report.html"
-_FIELDS = ("id", "status", "source", "pose", "options", "picture", "sha256", "seconds", "error")
+_FIELDS = ("id", "status", "source", "pose", "options", "picture", "sha256", "seconds", "error", "notes")
 
 
 def collect(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], base: Sequence[str]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def parquet_bytes(entries: Sequence[Mapping[str, Any]]) -> bytes:
 
 def page(entries: Sequence[Mapping[str, Any]]) -> str:
     """One page with thumbnails, a search and a filter; pictures are loaded from beside it as they are seen."""
-    shown = ("id", "status", "source", "pose", "picture", "seconds", "error")
+    shown = ("id", "status", "source", "pose", "picture", "seconds", "error", "notes")
     data = json.dumps([[entry[name] for name in shown] for entry in entries]).replace("</", "<\\/")
     template = (files("truepose_core") / "cli" / "batch" / "report.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", data)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from truepose_core.cli.opening import Opened
 
-Painter = Callable[[Sequence[Row]], Iterator[tuple[Row, bytes]]]
-"""Rows of one job -> each with its finished PNG, as it is done. Raises TruePoseError for rows that do not do."""
+Painter = Callable[[Sequence[Row]], Iterator[tuple[Row, bytes, Sequence[str]]]]
+"""Rows of one job -> each with its finished PNG and notes on it, as it is done. Raises TruePoseError for rows that do
+not do."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def do_job(job: Job, painter: Painter, store: Store, base: Sequence[str]) -> dic
         rows = left[:1] if alone else left
         since = time.perf_counter()
         try:
-            for row, data in painter(rows):
+            for row, data, notes in painter(rows):
                 store.write(f"{PICTURES}/{row.id}.png", data)
                 now = time.perf_counter()
-                store.record(record_of(row, base, data=data, seconds=now - since))
+                store.record(record_of(row, base, data=data, seconds=now - since, notes=notes))
                 since, done, left = now, done + 1, left[1:]
         except TruePoseError as error:
             if not alone and len(rows) > 1:
@@ -98,9 +99,16 @@ def is_done(record: dict[str, Any] | None, row: Row, base: Sequence[str]) -> boo
 
 
 def record_of(
-    row: Row, base: Sequence[str], *, data: bytes | None = None, seconds: float = 0.0, error: str | None = None
+    row: Row,
+    base: Sequence[str],
+    *,
+    data: bytes | None = None,
+    seconds: float = 0.0,
+    error: str | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What became of a row. data: its picture, or error: why there is none."""
+    """What became of a row. data: its picture, or error: why there is none. notes: what `truepose transfer` would have
+    said beside."""
     return {
         "id": row.id,
         "status": "done" if data is not None else "failed",
@@ -111,12 +119,13 @@ def record_of(
         "sha256": None if data is None else hashlib.sha256(data).hexdigest(),
         "seconds": round(seconds, 4),
         "error": error,
+        "notes": "; ".join(notes) or None,
         "hash": row.hash(base),
     }
 
 
 class _Listening(Console):
-    """Says nothing: a worker has nobody to tell."""
+    """Keeps notes for the record: a worker has nobody to tell."""
 
     def __init__(self) -> None:
         super().__init__(json_on_stdout=True, quiet=True)
@@ -134,9 +143,9 @@ class TransferPainter:
         self._opened: tuple[Any, Opened] | None = None
         parse_rows(base, [Row("check", "source.png", "pose.json")], "check.png")
 
-    def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes]]:
+    def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes, Sequence[str]]]:
         from truepose_core.cli.opening import memory_errors
-        from truepose_core.cli.transfer.command import make_pictures, make_plan, prepare, read_source
+        from truepose_core.cli.transfer.command import make_pictures, make_plan, prepare, read_source, tell_about
         from truepose_core.pictures.files import encode_image
 
         with tempfile.TemporaryDirectory() as folder, _Listening() as console:
@@ -149,11 +158,12 @@ class TransferPainter:
                     f"{rows[0].pose} has {len(given.targets)} poses; a row is one picture, so give a file of one frame"
                 )
             opened = self._open(args, plan.model)
+            tell_about(args, plan, given, opened, console)
             with memory_errors(opened.device):
                 features = read_source(args, plan, given, opened, console)
                 pictures: Iterator[Tensor] = make_pictures(args, plan, given, opened, features)
                 for row, picture in zip(rows, pictures, strict=True):
-                    yield row, encode_image(picture)
+                    yield row, encode_image(picture), console.notes
 
     def _open(self, args: argparse.Namespace, model: Any) -> Opened:
         from truepose_core.cli.opening import open_model

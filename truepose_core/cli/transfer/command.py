@@ -146,14 +146,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     plan = make_plan(args)
     model, guidance, field = plan.model, plan.guidance, plan.field
     given = prepare(args, model, console)
-    if given.photo.person is None and args.gamma:
-        console.note("--gamma has no effect without --source-pose")
-    if given.photo.parsing is not None and not plan.needs_parsing and args.frame is None:
-        console.note("the parsing has no effect here: nothing was asked for by region")
 
     console.doing(f"opening the model {model.name}")
     opened = open_model(model, args.device, args.dtype)
-    _tell_about_model(opened, model, console)
+    tell_about(args, plan, given, opened, console)
     steps = steps_of(args, plan, opened)
     with memory_errors(opened.device):
         before = time.perf_counter()
@@ -336,12 +332,17 @@ def output_size(args: argparse.Namespace, source: PersonPhoto) -> tuple[int, int
     return args.size or (width, height)
 
 
-def _tell_about_model(opened: Opened, model: ModelChoice, console: Console) -> None:
+def tell_about(args: argparse.Namespace, plan: Plan, given: Inputs, opened: Opened, console: Console) -> None:
+    """Notes of what has no effect, and of what the model does not do."""
+    if given.photo.person is None and args.gamma:
+        console.note("--gamma has no effect without --source-pose")
+    if given.photo.parsing is not None and not plan.needs_parsing and args.frame is None:
+        console.note("the parsing has no effect here: nothing was asked for by region")
     config = opened.pipe.model.config
     if opened.is_mannequin:
         height, width = config.size
         console.note(MANNEQUINS_ONLY.format(w=width, h=height))
-    elif model.is_folder and model.controlnet is None:
+    elif plan.model.is_folder and plan.model.controlnet is None:
         console.note("without --controlnet this model sees the pose through the regions only, so it may not follow it")
 
 
