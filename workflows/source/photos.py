@@ -18,7 +18,7 @@ FOLDER = ROOT / "workflows" / "input"
 PEOPLE = {"person.jpg": 5, "other.jpg": 6}
 """File -> who is in it. All stand alike: a pose network that knows one photo knows the others."""
 HEIGHT, WIDTH = 704, 528
-BESIDE, ABOVE = 120, 64
+BESIDE, ABOVE = 120, 112
 """Pixels of background around what is rendered, for poses that reach further."""
 
 

@@ -29,8 +29,6 @@ SHOWS = {
     "ImageScale": 0,
 }
 """The nodes whose pictures are shown, and the outputs that give them; None is the node's own face."""
-PATCHES = ("TruePoseApplyHPFA", "TruePoseGuideReferences")
-"""One of them is in every workflow."""
 LARGE = (
     "CheckpointLoaderSimple",
     "ControlNetLoader",
@@ -74,8 +72,7 @@ def graph_picture(server: Server, file: Path) -> object:
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder, Browser(server, Path(folder) / "profile") as page:
-        kinds = {node["type"] for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]}
-        page.drop(file, wait_for_node=next(k for k in PATCHES if k in kinds))
+        page.drop(file, wait_for_node="SaveImage")
         time.sleep(2)
         width, height = page.script(FIT, list(ROOM))
         time.sleep(3)
