@@ -461,7 +461,8 @@ class Trainer:
     def export(self, path: Path) -> Path:
         """Write the averaged weights in float16, with the story of the run in the metadata."""
         story = {
-            **asdict(self.config),
+            # Of files and folders the names, not where they lie on this machine.
+            **{k: Path(v).name if isinstance(v, str) else v for k, v in asdict(self.config).items()},
             "size": list(self.model.config.size),
             "steps_done": self.step,
             "seconds": round(self.seconds),

@@ -352,6 +352,8 @@ def test_a_run_goes_on_from_the_weights_of_another(tmp_path):
     assert more.step == 0 and more.model.config.size == (64, 48) and more.model.training
     for name, weight in load_model(first).state_dict().items():
         assert torch.equal(more.model.state_dict()[name], weight), name
+    told = json.loads(read_metadata(more.export(tmp_path / "made.safetensors"))["training"])
+    assert told["start"] == "weights.safetensors", "no file says where its maker's folders are"
     with pytest.raises(TruePoseError, match="is no model of row epsilon"):
         TrainingConfig(row="epsilon", start=str(first)).build()
     with pytest.raises(TruePoseError, match="both say where the weights come from"):
