@@ -43,7 +43,7 @@ def test_a_case_is_the_same_whenever_it_is_made(reader):
     whole = whole_of(content)
     made = [[reader.damage(content, random.Random(f"{name} {i}")) for i in range(20)] for _ in range(2)]
     assert made[0] == made[1]
-    assert sum(damaged != whole for damaged in made[0]) > 15
+    assert sum(damaged != whole for damaged in made[0]) > 10
     assert whole_of(content) == whole
 
 

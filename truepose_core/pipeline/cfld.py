@@ -119,6 +119,10 @@ class CFLDPipeline(TransferPipeline):
         steps = config.steps if num_inference_steps is None else num_inference_steps
         w_pose = config.guidance_pose if guidance_pose is None else guidance_pose
         w_source = config.guidance_source if guidance_source is None else guidance_source
+        batch = target_body.shape[0]
+        sources = source.condition.tokens.shape[0] if isinstance(source, CFLDSource) else source.shape[0]
+        numbers = {"guidance_pose": w_pose, "guidance_source": w_source, "beta": beta, "gamma": gamma}
+        check_call(target_body, sources, steps, strength, numbers)
         if not isinstance(source, CFLDSource):
             if strength > 0 and source_parsing is None:
                 raise TruePoseError("HPFA (strength above 0) needs the source's human parsing; none was given")
@@ -127,9 +131,6 @@ class CFLDPipeline(TransferPipeline):
             raise TruePoseError(
                 "this source was read without its parsing; read it again with one, or set strength to 0"
             )
-        batch, sources = target_body.shape[0], source.condition.tokens.shape[0]
-        numbers = {"guidance_pose": w_pose, "guidance_source": w_source, "beta": beta, "gamma": gamma}
-        check_call(target_body, sources, steps, strength, numbers)
         if (height is None) != (width is None):
             raise TruePoseError("give both height and width, or neither (the source image's size)")
         frame = cfld_frame(source.size if height is None else (height, width), config.size)

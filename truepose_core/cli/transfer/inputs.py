@@ -13,7 +13,6 @@ from truepose_core.cli.transfer.bodies import read_posed
 from truepose_core.cli.transfer.maps import PoseMaps, load_map
 from truepose_core.cli.transfer.person import PICTURES, Networks, PersonPhoto, choose_person, load_photo, told_where
 from truepose_core.errors import TruePoseError
-from truepose_core.pose.keypoints import ANKLES, HIPS, NECK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,16 +185,16 @@ def retargeted(
     return list(fresh)
 
 
-ANCHOR_JOINTS = {"feet": ANKLES, "hips": HIPS, "neck": (NECK,)}
-
-
 def anchor_way(body: Tensor, source: Tensor, anchor: str) -> Tensor:
     """The way [2] from the anchor of a body [18, 3] to the source's: the lower ankle, the middle of the hips, or the
     neck; the first that both show."""
-    for name in list(ANCHOR_JOINTS)[list(ANCHOR_JOINTS).index(anchor) :]:
+    from truepose_core.pose.keypoints import ANKLES, HIPS, NECK
+
+    anchors = {"feet": ANKLES, "hips": HIPS, "neck": (NECK,)}
+    for name in list(anchors)[list(anchors).index(anchor) :]:
         places = []
         for points in (body, source):
-            joints = points[list(ANCHOR_JOINTS[name])]
+            joints = points[list(anchors[name])]
             seen = joints[joints[:, 2] > 0, :2]
             if len(seen):
                 places.append(seen[seen[:, 1].argmax()] if name == "feet" else seen.mean(0))
